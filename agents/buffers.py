@@ -1,0 +1,170 @@
+"""TorchRolloutBuffer: a rollout that stays on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any, NamedTuple
+
+import torch
+from redif_env.transition import Gaussian
+from stable_baselines3.common.buffers import RolloutBuffer
+from torch import Tensor
+
+from .advantages import gae, group_relative
+
+
+class RolloutBatch(NamedTuple):
+    """A minibatch of B transitions; the first six fields are Stable-Baselines3's.
+
+    Attributes:
+        observations: Tensors `(B, ...)` by name.
+        actions: float32 `(B, A)`.
+        old_values: float32 `(B,)`.
+        old_log_prob: float32 `(B,)`; zeros when `old` is given.
+        advantages: float32 `(B,)`, or `(B, D)` with local credit.
+        returns: float32 `(B,)`.
+        old: The Gaussian that the actions were drawn from, `(B, *latent_shape)`, or None.
+    """
+
+    observations: dict[str, Tensor]
+    actions: Tensor
+    old_values: Tensor
+    old_log_prob: Tensor
+    advantages: Tensor
+    returns: Tensor
+    old: Gaussian | None
+
+
+class TorchRolloutBuffer(RolloutBuffer):
+    """T steps of N rows as device tensors, allocated once.
+
+    Args:
+        buffer_size, observation_space, action_space, device, gae_lambda, gamma, n_envs: as in
+            Stable-Baselines3.
+        advantage: `"gae"`, from the critic's values, or `"group"`, relative to the group's mean.
+        credit: `"global"`, one advantage a row, or `"local"`, one an element, from reward maps.
+        group_size: Neighbouring rows that share tasks.
+        episode_length: Steps of every episode, for `"group"`; T must be a multiple of it.
+        seed: Of the minibatch order. An own generator, so that the order does not shift the noise
+            of the policy.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        advantage: str = "gae",
+        credit: str = "global",
+        group_size: int = 1,
+        episode_length: int = 1,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        self.advantage = advantage
+        self.credit = credit
+        self.group_size = group_size
+        self.episode_length = episode_length
+        self._store: dict[str, Tensor] = {}
+        super().__init__(*args, **kwargs)
+        self._order = torch.Generator(self.device).manual_seed(seed)
+
+    def reset(self) -> None:
+        """Forget the rollout; the memory is kept."""
+        self.pos = 0
+        self.full = False
+        self.generator_ready = False
+
+    def add(  # type: ignore[override]
+        self,
+        observation: dict[str, Tensor],
+        actions: Tensor,
+        rewards: Tensor,
+        episode_starts: Tensor,
+        values: Tensor,
+        log_prob: Tensor | None = None,
+        gaussian: Gaussian | None = None,
+    ) -> None:
+        """Store one step of N rows: tensors `(N, ...)` on the device."""
+        for name, value in observation.items():
+            self._put(f"observation/{name}", value)
+        self._put("actions", actions.flatten(1))
+        self._put("rewards", rewards)
+        self._put("episode_starts", episode_starts)
+        self._put("values", values.flatten())
+        if log_prob is not None:
+            self._put("log_prob", log_prob)
+        if gaussian is not None:
+            self._put("mean", gaussian.mean)
+            self._put("std", gaussian.std)
+        self.pos += 1
+        self.full = self.pos == self.buffer_size
+
+    def add_reward_map(self, reward_map: Tensor) -> None:
+        """Store the reward map, `(N, *latent_shape)`, of the episode that the last step ended."""
+        episode = (self.pos - 1) // self.episode_length
+        self._put("reward_map", reward_map, episode, self.buffer_size // self.episode_length)
+
+    def compute_returns_and_advantage(self, last_values: Tensor, dones: Tensor) -> None:  # type: ignore[override]
+        """Fill in advantages and returns; `last_values` and `dones` are `(N,)`."""
+        rewards, values = self._store["rewards"], self._store["values"]
+        if self.advantage == "gae":
+            starts = self._store["episode_starts"]
+            advantages = gae(
+                rewards,
+                values,
+                starts,
+                last_values.flatten(),
+                dones,
+                self.gamma,
+                self.gae_lambda,
+            )
+            self._store["advantages"] = advantages
+            self._store["returns"] = advantages + values
+            return
+        returns = rewards.unflatten(0, (-1, self.episode_length)).sum(1)
+        outcome = returns if self.credit == "global" else self._store["reward_map"].flatten(2)
+        self._store["advantages"] = group_relative(outcome, self.group_size)
+        self._store["returns"] = returns.repeat_interleave(self.episode_length, 0)
+
+    def get(self, batch_size: int | None = None) -> Generator[RolloutBatch, None, None]:  # type: ignore[override]
+        """Minibatches that together hold every transition once, in random order."""
+        total = self.buffer_size * self.n_envs
+        order = torch.randperm(total, generator=self._order, device=self.device)
+        for rows in order.split(batch_size or total):
+            yield self._batch(rows)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A stored tensor, `(T, N, ...)`: `actions`, `rewards`, `values`, `advantages`, ..."""
+        return self._store[name]
+
+    def _put(
+        self, name: str, value: Tensor, position: int | None = None, length: int | None = None
+    ) -> None:
+        if name not in self._store:
+            shape = (length or self.buffer_size, *value.shape)
+            self._store[name] = value.new_empty(shape)
+        self._store[name][self.pos if position is None else position] = value
+
+    def _batch(self, rows: Tensor) -> RolloutBatch:
+        def take(name: str) -> Tensor:
+            return self._store[name].flatten(0, 1)[rows]
+
+        gaussian = Gaussian(take("mean"), take("std")) if "mean" in self._store else None
+        prefix = "observation/"
+        names = [name for name in self._store if name.startswith(prefix)]
+        return RolloutBatch(
+            observations={name.removeprefix(prefix): take(name) for name in names},
+            actions=take("actions"),
+            old_values=take("values"),
+            old_log_prob=take("log_prob") if "log_prob" in self._store else torch.zeros(()),
+            advantages=self._advantages_of(rows),
+            returns=take("returns"),
+            old=gaussian,
+        )
+
+    def _advantages_of(self, rows: Tensor) -> Tensor:
+        """Advantages of transitions; those of a group hold for its whole episode."""
+        advantages = self._store["advantages"]
+        if self.advantage == "gae":
+            return advantages.flatten(0, 1)[rows]
+        step, env = rows // self.n_envs, rows % self.n_envs
+        return advantages[step // self.episode_length, env]

@@ -1,0 +1,120 @@
+"""Callbacks: held-out evaluation, pictures, and a progress bar."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from redif_env import rewards, schedules
+from redif_env.errors import check_integer
+from redif_env.rendering import to_rgb
+from redif_env.teacher import TeacherBank
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+
+class IterationCallback(BaseCallback):
+    """Calls `on_iteration` before every `every`-th rollout, and at the end of training.
+
+    Args:
+        every: Iterations between two calls.
+    """
+
+    def __init__(self, every: int = 1) -> None:
+        super().__init__()
+        self.every = check_integer("every", every, 1)
+        self.iteration = 0
+
+    def on_iteration(self) -> None:
+        """What to do."""
+        raise NotImplementedError
+
+    def _on_rollout_start(self) -> None:
+        if self.iteration % self.every == 0:
+            self.on_iteration()
+        self.iteration += 1
+
+    def _on_training_end(self) -> None:
+        self.on_iteration()
+
+    def _on_step(self) -> bool:
+        return True
+
+
+class HeldOutEvaluation(IterationCallback):
+    """Judge the averaged student at eta = 0 on tasks that training never sees.
+
+    Logs `eval/paired_mse`, the error an element to the teacher's answers, and `eval/reward`.
+
+    Args:
+        bank: Held-out tasks, of the validation split.
+        every: Iterations between two evaluations.
+        num_images: Columns of the picture that is logged as `eval/samples` (teacher above
+            student); 0 for none.
+
+    Attributes:
+        history: One `{"iteration", "paired_mse", "reward"}` an evaluation.
+    """
+
+    def __init__(self, bank: TeacherBank, every: int = 10, num_images: int = 10) -> None:
+        super().__init__(every)
+        self.bank = bank
+        self.num_images = check_integer("num_images", num_images, 0)
+        self.history: list[dict[str, float]] = []
+
+    @torch.no_grad()
+    def on_iteration(self) -> None:
+        policy: Any = self.model.policy
+        bank = self.bank
+        x_0 = schedules.sample(policy.ema_denoiser, bank.x_T, bank.condition, policy.timesteps)
+        error = float((x_0 - bank.teacher_x_0).square().mean())
+        reward = self.training_env.get_attr("process", [0])[0].reward
+        values, _ = rewards.evaluate(reward, x_0, bank.teacher_x_0, bank.condition)
+        record = {"iteration": self.iteration, "paired_mse": error, "reward": float(values.mean())}
+        self.history.append(record)
+        self.logger.record("eval/paired_mse", record["paired_mse"])
+        self.logger.record("eval/reward", record["reward"])
+        if self.num_images and x_0.ndim == 4:
+            self._log_images(x_0)
+
+    def _on_training_end(self) -> None:
+        self.on_iteration()
+        self.logger.dump(self.num_timesteps)
+
+    def _log_images(self, x_0: Tensor) -> None:
+        rows = (self.bank.teacher_x_0[: self.num_images], x_0[: self.num_images])
+        picture = torch.cat([torch.cat(list(row), dim=-1) for row in rows], dim=-2)
+        image = Image(to_rgb(picture[None])[0], "HWC")
+        self.logger.record("eval/samples", image, exclude=("stdout", "log", "json", "csv"))
+
+
+class ProgressBar(BaseCallback):
+    """A bar over iterations with reward, KL an element, and the time left.
+
+    Args:
+        iterations: Length of the bar.
+    """
+
+    def __init__(self, iterations: int) -> None:
+        super().__init__()
+        self.iterations = check_integer("iterations", iterations, 1)
+
+    def _on_training_start(self) -> None:
+        self.bar = tqdm(total=self.iterations, desc="distilling", unit="iteration")
+
+    def _on_rollout_end(self) -> None:
+        values = self.logger.name_to_value
+        shown = {"reward": f"{self.model.ep_info_buffer[-1]['r']:.4f}"}  # type: ignore[index]
+        for key, label in (("train/kl", "kl"), ("eval/paired_mse", "held-out mse")):
+            if key in values:
+                shown[label] = f"{values[key]:.2g}"
+        self.bar.set_postfix(shown)
+        self.bar.update()
+
+    def _on_training_end(self) -> None:
+        self.bar.close()
+
+    def _on_step(self) -> bool:
+        return True

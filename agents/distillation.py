@@ -1,0 +1,296 @@
+"""distill: from a teacher to a few-step student in one call."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from redif_env import schedules
+from redif_env.denoiser import Denoiser
+from redif_env.errors import InvalidArgumentError, check_integer, check_number
+from redif_env.loading import BUNDLED, load_teacher
+from redif_env.rewards import Reward, make_reward
+from redif_env.teacher import Teacher, TeacherBank
+from redif_env.vector_env import ReDiFVectorEnv
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.utils import LinearSchedule
+from torch import Tensor
+
+from .callbacks import HeldOutEvaluation, ProgressBar
+from .evaluation import JUDGE_FOLDER, Judge, compare
+from .export import export_student
+from .pictures import save_samples
+from .ppo import ReDiFPPO
+
+PACKAGES = ("redif", "torch", "diffusers", "gymnasium", "stable_baselines3", "numpy")
+SEARCH = "search"
+# Seeds of banks: the searched grid and the reports must not depend on the run's seed.
+NUM_VALIDATION = 256
+REFERENCE_SEED = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """What `distill` returns.
+
+    Attributes:
+        student: The averaged student, in evaluation mode.
+        timesteps: Its grid, float32 `(num_steps + 1,)`.
+        report: What `summary.json` holds.
+        model: The agent, to go on training with.
+    """
+
+    student: Denoiser
+    timesteps: Tensor
+    report: dict[str, Any]
+    model: ReDiFPPO
+
+
+@dataclasses.dataclass(frozen=True)
+class _Banks:
+    """Tasks by purpose; no noise is in two of them."""
+
+    train: TeacherBank
+    validation: TeacherBank
+    test: TeacherBank
+    reference: TeacherBank
+
+
+def distill(
+    teacher: str | Path | Teacher = "digits",
+    num_steps: int = 4,
+    *,
+    schedule: str | Sequence[float] = SEARCH,
+    reward: str | Reward = "mse",
+    iterations: int = 200,
+    num_envs: int = 512,
+    group_size: int = 4,
+    batch_size: int = 256,
+    learning_rate: float = 2e-4,
+    eta: float = 0.1,
+    min_std: float = 0.02,
+    ema_decay: float = 0.95,
+    bank_size: int = 4096,
+    num_held_out: int = 2000,
+    eval_every: int = 10,
+    seed: int = 0,
+    device: str | None = None,
+    out: str | Path | None = None,
+    progress: bool = False,
+    callback: BaseCallback | None = None,
+) -> Distillation:
+    """Distil a teacher into a student of `num_steps` steps with PPO, and judge it on held-out noise.
+
+    Args:
+        teacher: Bundled name, diffusers folder, or `Teacher`.
+        num_steps: Steps, and network evaluations, of the student.
+        schedule: `"search"` for the best grid of plain DDIM, a grid name, or a list of times.
+        reward: A `Reward` or the name of one. One with a map gets local credit.
+        iterations: Rollouts of `num_envs` trajectories, each followed by an update.
+        num_envs: Trajectories of a rollout.
+        group_size: Trajectories that share noise and class; their mean is the baseline.
+        batch_size: Transitions of a minibatch.
+        learning_rate: Initial learning rate; falls linearly to 0.
+        eta: Noise factor of the kernel while exploring.
+        min_std: Smallest exploration std, in latent units.
+        ema_decay: Of the student's moving average, an iteration.
+        bank_size: Training tasks whose answers the teacher is asked for.
+        num_held_out: Test tasks that the report is measured on.
+        eval_every: Iterations between two evaluations on validation tasks.
+        seed: Of training. Banks have fixed seeds, so that runs share their cache.
+        device: Where to train; default: the teacher's, or CPU.
+        out: Folder of the run to write, which must not exist; None writes nothing.
+        progress: Show progress bars.
+        callback: A further Stable-Baselines3 callback.
+
+    Raises:
+        InvalidArgumentError: for an argument that makes no sense, before anything is written.
+    """
+    arguments = {name: value for name, value in locals().items() if name != "callback"}
+    started = time.monotonic()
+    iterations = check_integer("iterations", iterations, 1)
+    learning_rate = check_number("learning_rate", learning_rate)
+    num_held_out = check_integer("num_held_out", num_held_out, 100)
+    num_steps = check_integer("num_steps", num_steps, 1)
+    seed = check_integer("seed", seed, 0)
+    reward = make_reward(reward)
+    folder = _check_out(out)
+    if not isinstance(teacher, Teacher):
+        teacher = load_teacher(teacher, device=device or "cpu")
+    banks = _build_banks(teacher, bank_size, num_held_out, progress)
+    searched = schedules.search(teacher.denoiser, banks.validation, num_steps)
+    search_evaluations = teacher.denoiser.network_evaluations
+    timesteps = searched
+    if schedule != SEARCH:
+        timesteps = schedules.make_grid(schedule, teacher.denoiser.schedule, num_steps)
+    env = ReDiFVectorEnv(
+        num_envs,
+        teacher,
+        schedule=timesteps,
+        reward=reward,
+        group_size=group_size,
+        bank=banks.train,
+        seed=seed,
+    )
+    model = ReDiFPPO(
+        "StudentPolicy",
+        env,
+        learning_rate=LinearSchedule(learning_rate, 0.0, 1.0),
+        batch_size=batch_size,
+        eta=eta,
+        min_std=min_std,
+        ema_decay=ema_decay,
+        credit="local" if reward.has_map else "global",
+        seed=seed,
+    )
+    if folder is not None:
+        _start_folder(folder, arguments, timesteps)
+    model.set_logger(configure(folder and str(folder), ["tensorboard"] if folder else []))
+    held_out = HeldOutEvaluation(banks.validation, eval_every)
+    callbacks: list[BaseCallback] = [held_out, *([ProgressBar(iterations)] if progress else [])]
+    training_started = time.monotonic()
+    model.learn(
+        iterations * num_envs * num_steps, callback=[*callbacks, *([callback] if callback else [])]
+    )
+    training_seconds = time.monotonic() - training_started
+    student = model.student()
+    judge = find_judge(teacher)
+    grids = {
+        "student": (student, timesteps),
+        "ddim": (teacher.denoiser, schedules.uniform(teacher.denoiser.schedule, num_steps)),
+        "ddim_searched": (teacher.denoiser, searched),
+    }
+    samples = {name: _sample(*pair, banks.test) for name, pair in grids.items()}
+    report = {
+        "num_steps": num_steps,
+        "nfe": num_steps * student.nfe,
+        "timesteps": [float(t) for t in timesteps[:-1]],
+        "seed": seed,
+        "trajectories": iterations * num_envs,
+        "network_evaluations": _ledger(teacher, model, banks, search_evaluations),
+        "held_out": {
+            **{name: compare(x_0, banks.test, banks.reference, judge) for name, x_0 in samples.items()},
+            "teacher_floor": _floor(banks, judge),
+        },
+        "history": held_out.history,
+        "training_seconds": round(training_seconds, 1),
+        "seconds": round(time.monotonic() - started, 1),
+        "versions": versions(),
+        "hardware": f"{platform.machine()}, {teacher.device}, {torch.get_num_threads()} threads",
+    }
+    if folder is not None:
+        _finish_folder(folder, report, student, timesteps, teacher, banks.test, samples)
+    return Distillation(student, timesteps, report, model)
+
+
+def find_judge(teacher: Teacher) -> Judge | None:
+    """The judge in the teacher's folder, on the teacher's device, or None if there is none."""
+    if teacher.source is None:
+        return None
+    folder = BUNDLED.get(teacher.source, Path(teacher.source)) / JUDGE_FOLDER
+    return Judge.load(folder).to(teacher.device) if folder.is_dir() else None
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that a result depends on."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def next_free(folder: Path) -> Path:
+    """`folder`, or `folder-2`, `folder-3`, ... if it exists."""
+    number, free = 1, folder
+    while free.exists():
+        number += 1
+        free = folder.with_name(f"{folder.name}-{number}")
+    return free
+
+
+def _check_out(out: str | Path | None) -> Path | None:
+    if out is None:
+        return None
+    if Path(out).exists():
+        raise InvalidArgumentError("out", str(out), "it exists; choose another name or remove it.")
+    return Path(out)
+
+
+def _build_banks(
+    teacher: Teacher, bank_size: int, num_held_out: int, progress: bool
+) -> _Banks:
+    def build(size: int, split: str, seed: int = 0) -> TeacherBank:
+        return TeacherBank.build(teacher, size, split=split, seed=seed, progress=progress)
+
+    return _Banks(
+        train=build(bank_size, "train"),
+        validation=build(NUM_VALIDATION, "validation"),
+        test=build(num_held_out, "test"),
+        reference=build(num_held_out, "test", REFERENCE_SEED),
+    )
+
+
+@torch.no_grad()
+def _sample(denoiser: Denoiser, grid: Tensor, bank: TeacherBank) -> Tensor:
+    return schedules.sample(denoiser, bank.x_T, bank.condition, grid)
+
+
+def _floor(banks: _Banks, judge: Judge | None) -> dict[str, float | None]:
+    """The teacher's own answers, judged as a student's would be; paired with itself the error is 0."""
+    return {**compare(banks.test.teacher_x_0, banks.test, banks.reference, judge), "paired_mse": None}
+
+
+def _ledger(
+    teacher: Teacher, model: ReDiFPPO, banks: _Banks, searched: int
+) -> dict[str, int]:
+    """Network-forward equivalents: 1 a row sent forward, 3 forward and back."""
+    asked = (len(banks.train) + len(banks.validation)) * teacher.num_steps * teacher.denoiser.nfe
+    policy: Any = model.policy
+    forward = policy.denoiser.network_evaluations
+    backward = model.rows_trained * policy.denoiser.nfe
+    parts = {
+        "teacher": asked,
+        "search": searched,
+        "rollout": forward - backward,
+        "update": 3 * backward,
+    }
+    return {**parts, "total": sum(parts.values())}
+
+
+def _start_folder(folder: Path, arguments: dict[str, Any], timesteps: Tensor) -> None:
+    folder.mkdir(parents=True)
+    config = {**arguments, "timesteps": timesteps.tolist(), "versions": versions()}
+    write_json(folder / "config.json", config)
+
+
+def _finish_folder(
+    folder: Path,
+    report: dict[str, Any],
+    student: Denoiser,
+    timesteps: Tensor,
+    teacher: Teacher,
+    bank: TeacherBank,
+    samples: dict[str, Tensor],
+) -> None:
+    export_student(student, timesteps, teacher.make_solver().config, folder / "student")
+    steps = report["num_steps"]
+    rows = {
+        f"teacher, {teacher.num_steps} steps": bank.teacher_x_0,
+        f"DDIM, {steps} steps": samples["ddim"],
+        f"student, {steps} steps": samples["student"],
+    }
+    save_samples(folder / "samples.png", rows, bank.condition)
+    write_json(folder / "summary.json", report)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON to a temporary name and rename it, so that no reader sees half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    os.replace(temporary, path)

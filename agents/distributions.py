@@ -1,0 +1,74 @@
+"""The kernel's Gaussian as a Stable-Baselines3 distribution over flattened latents."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from redif_env import transition
+from redif_env.noise import NoiseSchedule
+from redif_env.transition import Gaussian
+from stable_baselines3.common.distributions import Distribution
+from torch import Tensor, nn
+
+
+class KernelDistribution(Distribution):
+    """Distribution of the next latent `x_s`.
+
+    Args:
+        schedule: Noise schedule.
+        eta: Noise factor of the kernel while exploring.
+        min_std: Smallest std while exploring, in latent units.
+        mean: `"ode"` or `"sde"`, see `transition.exploration`.
+    """
+
+    def __init__(self, schedule: NoiseSchedule, eta: float, min_std: float, mean: str) -> None:
+        super().__init__()
+        self.schedule = schedule
+        self.eta = eta
+        self.min_std = min_std
+        self.mean = mean
+        self.gaussian: Gaussian
+
+    def proba_distribution_net(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Not used: the student network gives the parameters."""
+        return nn.Identity()
+
+    def proba_distribution(
+        self, x_t: Tensor, x0_pred: Tensor, t: Tensor, s: Tensor
+    ) -> KernelDistribution:
+        """Set the parameters: latents and prediction `(N, *latent_shape)`, times `(N,)`."""
+        self._inputs = (x_t, x0_pred, t, s)
+        self.gaussian = transition.exploration(
+            self.schedule, x_t, x0_pred, t, s, self.eta, self.min_std, self.mean
+        )
+        return self
+
+    def log_prob_map(self, actions: Tensor) -> Tensor:
+        """Log-density of each element, `(N, D)`, of actions `(N, D)`."""
+        x_s = actions.reshape(self.gaussian.mean.shape)
+        return transition.log_prob_map(x_s, self.gaussian).flatten(1)
+
+    def log_prob(self, actions: Tensor) -> Tensor:
+        """Joint log-density, `(N,)`."""
+        return self.log_prob_map(actions).sum(1)
+
+    def entropy(self) -> Tensor:
+        """Differential entropy, `(N,)`."""
+        dim = self.gaussian.mean[0].numel()
+        return dim * (self.gaussian.std.flatten().log() + 0.5 * (1 + math.log(2 * math.pi)))
+
+    def sample(self) -> Tensor:
+        """Explore: actions `(N, D)`."""
+        return transition.sample(self.gaussian).flatten(1)
+
+    def mode(self) -> Tensor:
+        """The deployed step, `(N, D)`: eta = 0 and no floor, whatever the exploration."""
+        return transition.step(self.schedule, *self._inputs).mean.flatten(1)
+
+    def actions_from_params(self, *args: Any, deterministic: bool = False) -> Tensor:
+        return self.proba_distribution(*args).get_actions(deterministic=deterministic)
+
+    def log_prob_from_params(self, *args: Any) -> tuple[Tensor, Tensor]:
+        actions = self.actions_from_params(*args)
+        return actions, self.log_prob(actions)

@@ -1,0 +1,73 @@
+"""The losses of PPO on factorised Gaussians, as functions."""
+
+from __future__ import annotations
+
+import torch
+from redif_env.transition import Gaussian
+from torch import Tensor
+
+RATIOS = ("element", "mean", "sum")
+
+
+def reduce_log_ratio(log_ratio_map: Tensor, ratio: str) -> Tensor:
+    """The log-ratios that are clipped, one a column.
+
+    Args:
+        log_ratio_map: Log-ratio of each element of the action, float32 `(B, D)`.
+        ratio: `"element"`: one ratio an element, as language-model PPO has one a token;
+            `"sum"`: the exact joint ratio; `"mean"`: the mean log-ratio (DDPO, Black et al. 2024,
+            whose code clips it at 1e-4).
+
+    Returns:
+        `(B, D)` for `"element"`, else `(B, 1)`.
+    """
+    if ratio == "element":
+        return log_ratio_map
+    if ratio == "sum":
+        return log_ratio_map.sum(1, keepdim=True)
+    return log_ratio_map.mean(1, keepdim=True)
+
+
+def surrogate(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
+    r"""PPO's clipped objective (Schulman et al. 2017, eq. 7), negated, summed over elements.
+
+    .. math:: -\frac1B \sum_b \sum_d \min(\rho_{bd} A_{bd}, \mathrm{clip}(\rho_{bd}) A_{bd})
+
+    At ratio 1 its gradient is that of the joint objective, for any number of elements.
+
+    Args:
+        log_ratio: `(B, E)`, from `reduce_log_ratio`.
+        advantages: `(B, E)` or `(B, 1)`.
+        clip_range: Half-width of the interval around 1 that ratios are clipped to.
+    """
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return -torch.min(ratio * advantages, clipped * advantages).sum(1).mean()
+
+
+def clip_fraction(log_ratio: Tensor, clip_range: float) -> Tensor:
+    """Share of ratios outside the interval that they are clipped to."""
+    return ((log_ratio.detach().exp() - 1).abs() > clip_range).float().mean()
+
+
+def kl_per_element(mean: Tensor, old: Gaussian) -> Tensor:
+    r"""Mean over rows and elements of KL(old || new), :math:`(\mu - \mu_{old})^2 / (2\,std^2)`.
+
+    Exact for Gaussians of one std, and independent of the action's dimension.
+    """
+    return ((mean.detach() - old.mean) ** 2 / (2 * old.std**2)).mean()
+
+
+def approximate_kl(log_ratio: Tensor) -> Tensor:
+    """Mean KL(old || new) from log-ratios alone: the k3 estimator (Schulman 2020)."""
+    log_ratio = log_ratio.detach()
+    return (log_ratio.exp() - 1 - log_ratio).mean()
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float | None
+) -> Tensor:
+    """Mean squared error of the critic, `(B,)` each; its change clipped unless `clip_range` is None."""
+    if clip_range is not None:
+        values = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    return torch.nn.functional.mse_loss(returns, values)

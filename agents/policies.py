@@ -1,0 +1,296 @@
+"""StudentPolicy: a denoiser as a Stable-Baselines3 actor, with an optional critic."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import torch
+from gymnasium import spaces
+from redif_env.denoiser import Denoiser
+from redif_env.errors import InvalidArgumentError, check_choice, check_number
+from redif_env.loading import build_from_description, load_denoiser
+from redif_env.schedules import explicit
+from redif_env.transition import EXPLORATION_MEANS, Gaussian
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.type_aliases import Schedule
+from torch import Tensor, nn
+
+from .distributions import KernelDistribution
+
+StudentSource = str | Path | Mapping[str, Any] | Callable[[], Denoiser]
+
+
+class Exploration(NamedTuple):
+    """What a rollout keeps of the policy's decision for N observations.
+
+    Attributes:
+        actions: float32 `(N, A)`.
+        values: float32 `(N,)`; zeros without a critic.
+        gaussian: What the actions were drawn from, `(N, *latent_shape)`.
+    """
+
+    actions: Tensor
+    values: Tensor
+    gaussian: Gaussian
+
+
+class NoFeatures(BaseFeaturesExtractor):
+    """The student reads the observation itself; Stable-Baselines3 insists on an extractor."""
+
+    def __init__(self, observation_space: gym.Space[Any]) -> None:
+        super().__init__(observation_space, features_dim=1)
+
+    def forward(self, observations: Any) -> Any:
+        return observations
+
+
+class Critic(nn.Module):
+    """A small value network on (pooled) latents, time, steps left and class.
+
+    Args:
+        observation_space: Of the environment.
+        width: Hidden units.
+    """
+
+    POOLED_SIDE = 8
+
+    def __init__(self, observation_space: spaces.Dict, width: int) -> None:
+        super().__init__()
+        shape = observation_space["latents"].shape or ()
+        self.num_classes = _num_classes(observation_space)
+        image = len(shape) == 3
+        self.pool = nn.AdaptiveAvgPool2d(self.POOLED_SIDE) if image else nn.Identity()
+        size = shape[0] * self.POOLED_SIDE**2 if image else int(torch.Size(shape).numel())
+        self.body = nn.Sequential(
+            nn.Linear(size + 2 + self.num_classes, width),
+            nn.SiLU(),
+            nn.Linear(width, width),
+            nn.SiLU(),
+            nn.Linear(width, 1),
+        )
+
+    def forward(self, obs: Mapping[str, Tensor]) -> Tensor:
+        """Values, float32 `(N,)`."""
+        parts = [self.pool(obs["latents"]).flatten(1), obs["timestep"], obs["steps_left"]]
+        if self.num_classes:
+            classes = obs["condition"].long().flatten()
+            parts.append(nn.functional.one_hot(classes, self.num_classes).float())
+        return self.body(torch.cat(parts, 1)).squeeze(1)
+
+
+class StudentPolicy(ActorCriticPolicy):
+    """The student of a fixed schedule as a policy over next latents.
+
+    Args:
+        observation_space: `Dict` of `ReDiF-v0`.
+        action_space: Box of `D` next-latent elements (a fixed schedule, `action_type="latent"`).
+        lr_schedule: Learning rate as a function of the remaining progress.
+        student: Where the actor comes from: a diffusers folder or bundled name, a description from
+            `loading.describe` (random weights), or a function without arguments that returns a
+            `Denoiser`. Plain data or an importable function, so that a saved model holds no module.
+        timesteps: The grid, with or without the final 0.
+        eta: Noise factor of the kernel while exploring, in [0, 1].
+        min_std: Smallest standard deviation while exploring, in latent units; > 0.
+        exploration_mean: `"ode"` or `"sde"`, see `redif_env.transition.exploration`.
+        critic: Whether to build a value network.
+        critic_width: Hidden units of the value network.
+        critic_lr_scale: Its learning rate, as a multiple of the actor's.
+        optimizer_class, optimizer_kwargs, use_sde: as in Stable-Baselines3; `use_sde` must be False.
+
+    Attributes:
+        denoiser: The student that is trained; always in evaluation mode, so that dropout can not
+            make rollout and update disagree.
+        ema_denoiser: Moving average of its weights: what is evaluated and exported.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        lr_schedule: Schedule,
+        *,
+        student: StudentSource = "digits",
+        timesteps: Sequence[float],
+        eta: float = 0.1,
+        min_std: float = 0.02,
+        exploration_mean: str = "ode",
+        critic: bool = False,
+        critic_width: int = 256,
+        critic_lr_scale: float = 10.0,
+        use_sde: bool = False,
+        optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        if use_sde:
+            raise InvalidArgumentError("use_sde", use_sde, "pass False: the kernel explores.")
+        self.eta = check_number("eta", eta, 0, 1)
+        self.min_std = check_number("min_std", min_std, 1e-6)
+        self.exploration_mean = check_choice(
+            "exploration_mean", exploration_mean, EXPLORATION_MEANS
+        )
+        self.settings: dict[str, Any] = {
+            "student": student,
+            "timesteps": [float(t) for t in timesteps],
+            "critic": critic,
+            "critic_width": critic_width,
+            "critic_lr_scale": check_number("critic_lr_scale", critic_lr_scale),
+        }
+        super().__init__(
+            observation_space,
+            action_space,
+            lr_schedule,
+            net_arch=[],
+            ortho_init=False,
+            features_extractor_class=NoFeatures,
+            normalize_images=False,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+        )
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        settings = self.settings
+        self.denoiser = make_student(settings["student"]).eval().requires_grad_(True)
+        self.ema_denoiser = copy.deepcopy(self.denoiser).requires_grad_(False)
+        _check_spaces(self.observation_space, self.action_space, self.denoiser)
+        grid = explicit(settings["timesteps"], self.denoiser.schedule)
+        self.timesteps: Tensor
+        self.register_buffer("timesteps", grid)
+        self.value_critic: Critic | None = None
+        groups = [{"params": list(self.denoiser.network.parameters())}]
+        if settings["critic"]:
+            self.value_critic = Critic(self.observation_space, settings["critic_width"])  # type: ignore[arg-type]
+            critic = {
+                "params": list(self.value_critic.parameters()),
+                "lr_scale": settings["critic_lr_scale"],
+            }
+            groups.append(critic)
+        self.optimizer = self.optimizer_class(groups, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the grid."""
+        return len(self.timesteps) - 1
+
+    def explore(self, obs: Mapping[str, Tensor]) -> Exploration:
+        """Draw actions for a rollout."""
+        distribution = self.get_distribution(obs)
+        return Exploration(distribution.sample(), self._values(obs), distribution.gaussian)
+
+    def means(self, obs: Mapping[str, Tensor]) -> Tensor:
+        """Means of the exploring Gaussians, `(N, *latent_shape)`, with gradients."""
+        return self.get_distribution(obs).gaussian.mean
+
+    def get_distribution(self, obs: Mapping[str, Tensor]) -> KernelDistribution:  # type: ignore[override]
+        x_t, t, s = obs["latents"], *self._times(obs)
+        condition = obs["condition"].long().flatten() if "condition" in obs else None
+        distribution = KernelDistribution(
+            self.denoiser.schedule, self.eta, self.min_std, self.exploration_mean
+        )
+        return distribution.proba_distribution(x_t, self.denoiser(x_t, t, condition), t, s)
+
+    def forward(  # type: ignore[override]
+        self, obs: Mapping[str, Tensor], deterministic: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        distribution = self.get_distribution(obs)
+        actions = distribution.get_actions(deterministic=deterministic)
+        return actions, self._values(obs).unsqueeze(1), distribution.log_prob(actions)
+
+    def evaluate_actions(  # type: ignore[override]
+        self, obs: Mapping[str, Tensor], actions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        distribution = self.get_distribution(obs)
+        log_prob = distribution.log_prob(actions)
+        return self._values(obs).unsqueeze(1), log_prob, distribution.entropy()
+
+    def predict_values(self, obs: Mapping[str, Tensor]) -> Tensor:  # type: ignore[override]
+        return self._values(obs).unsqueeze(1)
+
+    def set_training_mode(self, mode: bool) -> None:
+        """Only the critic follows: the student stays in evaluation mode."""
+        self.training = mode
+        if self.value_critic is not None:
+            self.value_critic.train(mode)
+
+    @torch.no_grad()
+    def update_ema(self, decay: float) -> None:
+        """Move the averaged weights a share `1 - decay` towards the trained ones."""
+        averaged = list(self.ema_denoiser.network.parameters())
+        trained = list(self.denoiser.network.parameters())
+        torch._foreach_lerp_(averaged, trained, 1 - decay)
+
+    def load_student(self, state: Mapping[str, Tensor]) -> None:
+        """Start from these weights of the network, the average too."""
+        self.denoiser.network.load_state_dict(state)
+        self.ema_denoiser.network.load_state_dict(state)
+
+    def _values(self, obs: Mapping[str, Tensor]) -> Tensor:
+        if self.value_critic is None:
+            return obs["latents"].new_zeros(len(obs["latents"]))
+        return self.value_critic(obs)
+
+    def _times(self, obs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Current and next times, float32 `(N,)`, of the steps that are left."""
+        left = (obs["steps_left"].flatten() * self.num_steps).round().long().clamp_min(1)
+        index = self.num_steps - left
+        return self.timesteps[index], self.timesteps[index + 1]
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return {
+            "observation_space": self.observation_space,
+            "action_space": self.action_space,
+            "lr_schedule": self._dummy_schedule,
+            "eta": self.eta,
+            "min_std": self.min_std,
+            "exploration_mean": self.exploration_mean,
+            "optimizer_class": self.optimizer_class,
+            "optimizer_kwargs": self.optimizer_kwargs,
+            **self.settings,
+        }
+
+
+def make_student(source: StudentSource) -> Denoiser:
+    """The denoiser that `source` stands for; see `StudentPolicy`.
+
+    Raises:
+        InvalidArgumentError: for a source of another kind.
+    """
+    if isinstance(source, str | Path):
+        return load_denoiser(source)
+    if isinstance(source, Mapping):
+        return build_from_description(source)
+    made = source() if callable(source) and not isinstance(source, nn.Module) else None
+    if not isinstance(made, Denoiser):
+        raise InvalidArgumentError(
+            "student", source, "pass a folder, a description, or a function returning a Denoiser."
+        )
+    return made
+
+
+def _num_classes(observation_space: spaces.Dict) -> int:
+    return int(observation_space["condition"].n) if "condition" in observation_space.keys() else 0
+
+
+def _check_spaces(observation_space: Any, action_space: Any, denoiser: Denoiser) -> None:
+    keys = observation_space.spaces if isinstance(observation_space, spaces.Dict) else {}
+    if not {"latents", "timestep", "steps_left"} <= set(keys):
+        raise InvalidArgumentError(
+            "observation_space", observation_space, "use StudentPolicy with a ReDiF environment."
+        )
+    if keys["latents"].shape != denoiser.latent_shape:
+        raise InvalidArgumentError(
+            "student",
+            f"latents of {denoiser.latent_shape}",
+            f"pass a student for the environment's {keys['latents'].shape}.",
+        )
+    if action_space.shape != (int(torch.Size(denoiser.latent_shape).numel()),):
+        raise InvalidArgumentError(
+            "action_space",
+            action_space,
+            "StudentPolicy needs a fixed schedule: make the environment with schedule='uniform' or "
+            "a list of times.",
+        )

@@ -1,0 +1,150 @@
+"""TorchVecEnv: a Gymnasium vector environment of tensors as a Stable-Baselines3 `VecEnv`.
+
+Stock algorithms use the numpy methods; ours use `reset_tensor` and `step_tensor`, which never leave
+the device.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode, VectorEnv
+from redif_env.errors import InvalidArgumentError
+from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor
+
+TensorObs = dict[str, Tensor]
+
+
+class TorchVecEnv(VecEnv):
+    """Adapter for a `SAME_STEP` vector environment whose observations are a dict of tensors.
+
+    Args:
+        env: Such as `gymnasium.make_vec("ReDiF-v0", num_envs=64)`.
+
+    Attributes:
+        env: The environment.
+        last_observation: The newest observation, as tensors.
+
+    Raises:
+        InvalidArgumentError: for an environment of another kind.
+    """
+
+    def __init__(self, env: VectorEnv) -> None:
+        if not isinstance(env, VectorEnv):
+            raise InvalidArgumentError(
+                "env", env, "pass a Gymnasium VectorEnv, such as make_vec('ReDiF-v0', num_envs=64)."
+            )
+        if env.metadata.get("autoreset_mode") != AutoresetMode.SAME_STEP:
+            raise InvalidArgumentError(
+                "env", env.metadata.get("autoreset_mode"), "pass an environment of SAME_STEP mode."
+            )
+        self.env = env
+        self.last_observation: TensorObs = {}
+        self._actions: np.ndarray | None = None
+        self._started = time.monotonic()
+        super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
+
+    @property
+    def device(self) -> torch.device:
+        """Where observations live and actions are expected."""
+        return torch.device(self.env.unwrapped.device)  # type: ignore[attr-defined]
+
+    def reset_tensor(self) -> TensorObs:
+        """Start new episodes; uses the seed and options that `seed` and `set_options` left."""
+        self.last_observation, _ = self.env.reset(
+            seed=self._seeds[0], options=self._options[0] or None
+        )
+        self._reset_seeds()
+        self._reset_options()
+        return self.last_observation
+
+    def step_tensor(self, actions: Tensor) -> tuple[TensorObs, Tensor, Tensor, dict[str, Any]]:
+        """Take a step without leaving the device.
+
+        Args:
+            actions: float32 `(N, A)`, inside the action space.
+
+        Returns:
+            Observations (after autoreset), rewards float32 `(N,)`, dones bool `(N,)`, and infos as
+            the environment returned them.
+        """
+        observation, rewards, terminations, truncations, infos = self.env.step(actions)
+        self.last_observation = observation
+        return observation, rewards, terminations | truncations, infos
+
+    def reset(self) -> dict[str, np.ndarray]:  # type: ignore[override]
+        return _numpy(self.reset_tensor())
+
+    def step_async(self, actions: np.ndarray) -> None:
+        self._actions = actions
+
+    def step_wait(self) -> Any:
+        actions = torch.as_tensor(np.asarray(self._actions), device=self.device)
+        observation, rewards, dones, infos = self.step_tensor(actions)
+        host_dones = dones.cpu().numpy()
+        records = self._records(infos, host_dones)
+        return _numpy(observation), rewards.cpu().numpy(), host_dones, records
+
+    def close(self) -> None:
+        self.env.close()
+
+    def seed(self, seed: int | None = None) -> Sequence[int | None]:
+        """Seed of the next reset; one seed determines all rows."""
+        self._seeds = [seed] * self.num_envs
+        return self._seeds
+
+    def get_images(self) -> Sequence[np.ndarray | None]:
+        return list(self.env.render() or [None] * self.num_envs)  # type: ignore[arg-type]
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        """The environment's attribute, once for each index: the rows share one environment."""
+        return [getattr(self.env.unwrapped, attr_name)] * self._count(indices)
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        setattr(self.env.unwrapped, attr_name, value)
+
+    def env_method(
+        self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any
+    ) -> list[Any]:
+        """Call a method that returns one value a row, and give the values of `indices`."""
+        values = getattr(self.env.unwrapped, method_name)(*method_args, **method_kwargs)
+        rows = range(self.num_envs) if indices is None else np.atleast_1d(indices)
+        return [values[row] for row in rows]
+
+    def env_is_wrapped(
+        self, wrapper_class: type[gym.Wrapper[Any, Any, Any, Any]], indices: Any = None
+    ) -> list[bool]:
+        return [False] * self._count(indices)
+
+    def _count(self, indices: Any) -> int:
+        return self.num_envs if indices is None else len(np.atleast_1d(indices))
+
+    def _records(self, infos: dict[str, Any], dones: np.ndarray) -> list[dict[str, Any]]:
+        """SB3's list of infos; only rows that ended need any."""
+        records: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
+        if not dones.any():
+            return records
+        final = _numpy(infos["final_obs"])
+        episode = _numpy(infos["episode"])
+        elapsed = round(time.monotonic() - self._started, 6)
+        for row in np.flatnonzero(dones):
+            records[row] = {
+                "terminal_observation": {name: value[row] for name, value in final.items()},
+                "episode": {
+                    "r": float(episode["r"][row]),
+                    "l": int(episode["l"][row]),
+                    "t": elapsed,
+                },
+                "TimeLimit.truncated": False,
+            }
+        return records
+
+
+def _numpy(tensors: TensorObs) -> dict[str, np.ndarray]:
+    return {name: value.cpu().numpy() for name, value in tensors.items()}

@@ -1,0 +1,52 @@
+"""ReDiF: distilling diffusion models as a reinforcement-learning environment.
+
+Importing this package registers `ReDiF-v0` and loads neither torch nor diffusers: the names below
+are imported when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import gymnasium
+
+__version__ = "0.1.0"
+
+_NAMES = {
+    "Denoiser": "denoiser",
+    "MSE": "rewards",
+    "PSNR": "rewards",
+    "SSIM": "rewards",
+    "Cosine": "rewards",
+    "NoiseSchedule": "noise",
+    "ReDiFEnv": "env",
+    "ReDiFError": "errors",
+    "ReDiFVectorEnv": "vector_env",
+    "Reward": "rewards",
+    "Teacher": "teacher",
+    "TeacherBank": "teacher",
+    "check_vector_env": "checker",
+    "load_denoiser": "loading",
+    "load_teacher": "loading",
+    "register_reward": "rewards",
+}
+
+__all__ = sorted([*_NAMES, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_NAMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+gymnasium.register(
+    id="ReDiF-v0",
+    entry_point="redif_env.env:ReDiFEnv",
+    vector_entry_point="redif_env.vector_env:ReDiFVectorEnv",
+)

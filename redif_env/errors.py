@@ -1,0 +1,85 @@
+"""Typed errors: each names the argument, the value that was given, and the remedy."""
+
+from __future__ import annotations
+
+
+class ReDiFError(Exception):
+    """Base class of every error that ReDiF raises on purpose."""
+
+
+class InvalidArgumentError(ReDiFError, ValueError):
+    """An argument is of the wrong kind, shape or range.
+
+    Args:
+        argument: Name of the argument, as its caller wrote it.
+        value: What was given. Only its `repr`, cut to 200 characters, is kept.
+        remedy: What to pass instead, as a full sentence.
+    """
+
+    def __init__(self, argument: str, value: object, remedy: str) -> None:
+        self.argument = argument
+        self.value = _shorten(repr(value))
+        self.remedy = remedy
+        super().__init__(f"{argument}={self.value}: {remedy}")
+
+
+class InvalidActionError(InvalidArgumentError):
+    """An action holds NaN or infinity, lies outside the Box, or has the wrong shape or dtype."""
+
+
+class InvalidRewardError(InvalidArgumentError):
+    """A reward returned something other than one finite number a row."""
+
+
+class TeacherFolderError(InvalidArgumentError):
+    """A teacher's folder is missing, incomplete, corrupt, or of an unsupported kind."""
+
+
+class CacheError(ReDiFError, OSError):
+    """The teacher bank could not be written to its cache."""
+
+
+class MissingExtraError(ReDiFError, ImportError):
+    """An optional dependency is not installed.
+
+    Args:
+        package: Name of the package that could not be imported.
+        extra: Name of the extra of `redif` that installs it.
+    """
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed: pip install redif[{extra}]")
+
+
+def _shorten(text: str, limit: int = 200) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def check_integer(argument: str, value: object, minimum: int) -> int:
+    """Return `value` as an int; raise `InvalidArgumentError` unless it is an integer >= minimum."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < minimum:  # type: ignore[call-overload]
+        raise InvalidArgumentError(argument, value, f"pass an integer of at least {minimum}.")
+    return int(value)  # type: ignore[call-overload, no-any-return]
+
+
+def check_number(
+    argument: str, value: object, minimum: float = 0.0, maximum: float = float("inf")
+) -> float:
+    """Return `value` as a float; raise `InvalidArgumentError` unless minimum <= value <= maximum and finite."""
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not minimum <= number <= maximum or number == float("inf"):
+        upper = "" if maximum == float("inf") else f" and at most {maximum:g}"
+        raise InvalidArgumentError(
+            argument, value, f"pass a finite number of at least {minimum:g}{upper}."
+        )
+    return number
+
+
+def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> str:
+    """Return `value`; raise `InvalidArgumentError` unless it is one of `choices`."""
+    if value not in choices:
+        raise InvalidArgumentError(argument, value, f"pass one of {', '.join(map(repr, choices))}.")
+    return str(value)

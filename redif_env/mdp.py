@@ -1,0 +1,176 @@
+"""Denoising as a Markov decision process: a frozen state and five pure functions.
+
+Every function works on N independent rows at once; nothing here draws random numbers, keeps
+state, or waits for the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from . import rewards, schedules
+from . import transition as kernel
+from .denoiser import Denoiser
+from .noise import NoiseSchedule, expand, from_x0, to_x0
+from .teacher import TeacherBank
+
+ACTION_TYPES = ("latent", "sample", "epsilon", "v_prediction", "flow_prediction")
+
+
+@dataclass(frozen=True)
+class EnvState:
+    """N denoising trajectories under way.
+
+    Attributes:
+        x_t: Noisy latents, float32 `(N, *latent_shape)`.
+        t: Times, float32 `(N,)`; 0 once the trajectory has ended.
+        step_index: Steps taken, int64 `(N,)`.
+        x_T: The noise that the trajectory started from, like `x_t`.
+        teacher_x_0: The teacher's answer to that noise, like `x_t`; hidden from the agent.
+        condition: Classes, int64 `(N,)`, or None.
+    """
+
+    x_t: Tensor
+    t: Tensor
+    step_index: Tensor
+    x_T: Tensor
+    teacher_x_0: Tensor
+    condition: Tensor | None
+
+
+@dataclass(frozen=True)
+class Process:
+    """The constants of the decision process.
+
+    Attributes:
+        schedule: The noise schedule.
+        max_steps: Most steps of an episode; the last allowed one always ends at time 0.
+        reward: Scores final samples.
+        timesteps: The fixed grid, float32 `(max_steps + 1,)`; None for a free schedule.
+        action_type: What the step output is: `"latent"` for `x_s` itself, or a prediction type
+            from which the deterministic DDIM step is taken.
+        step_cost: Taken from the final reward for each network evaluation.
+        nfe_per_step: Network evaluations of a student's step (2 with guidance).
+        student: Frozen student of residual actions; None for plain actions.
+        residual_scale: What a residual action is multiplied by.
+    """
+
+    schedule: NoiseSchedule
+    max_steps: int
+    reward: rewards.Reward
+    timesteps: Tensor | None = None
+    action_type: str = "latent"
+    step_cost: float = 0.0
+    nfe_per_step: int = 1
+    student: Denoiser | None = None
+    residual_scale: float = 1.0
+
+    @property
+    def choice_dim(self) -> int:
+        """Number of schedule coordinates in an action: 1 when the schedule is free, else 0."""
+        return 1 if self.timesteps is None else 0
+
+
+def initial(process: Process, bank: TeacherBank, rows: Tensor) -> EnvState:
+    """The states that the bank's tasks `rows`, int64 `(N,)`, start in."""
+    x_T = bank.x_T[rows]
+    start = process.schedule.max_timestep if process.timesteps is None else process.timesteps[0]
+    return EnvState(
+        x_t=x_T,
+        t=torch.zeros(len(rows), device=x_T.device) + start,
+        step_index=torch.zeros(len(rows), dtype=torch.int64, device=x_T.device),
+        x_T=x_T,
+        teacher_x_0=bank.teacher_x_0[rows],
+        condition=None if bank.condition is None else bank.condition[rows],
+    )
+
+
+def transition(process: Process, state: EnvState, action: Tensor) -> EnvState:
+    """The state after one step; deterministic.
+
+    Args:
+        process: The process.
+        state: N trajectories, none of them ended.
+        action: float32 `(N, D + choice_dim)`: the flattened step output, then the schedule choice.
+    """
+    shape = state.x_t.shape
+    dim = state.x_t[0].numel()
+    s = next_time(process, state, action[:, dim:])
+    x_s = _step_output(process, state, action[:, :dim].reshape(shape), s)
+    return replace(state, x_t=x_s, t=s, step_index=state.step_index + 1)
+
+
+def next_time(process: Process, state: EnvState, choice: Tensor) -> Tensor:
+    """The time that the step ends at, float32 `(N,)`, smaller than `state.t`.
+
+    Args:
+        process: The process.
+        state: N trajectories, none of them ended.
+        choice: Schedule coordinates, `(N, choice_dim)`; ignored for a fixed schedule.
+    """
+    if process.timesteps is not None:
+        return process.timesteps[state.step_index + 1]
+    s = schedules.decode_choice(choice[:, 0], state.t, process.schedule)
+    return torch.where(state.step_index + 1 >= process.max_steps, 0.0, s)
+
+
+def observation(process: Process, state: EnvState) -> dict[str, Tensor]:
+    """What the agent sees; tensors that share no memory with the state."""
+    seen = {
+        "latents": state.x_t.clone(),
+        "timestep": (state.t / process.schedule.num_train_timesteps).unsqueeze(1),
+        "steps_left": (1 - state.step_index / process.max_steps).unsqueeze(1),
+    }
+    if state.condition is not None:
+        seen["condition"] = state.condition.clone()
+    return seen
+
+
+def reward(process: Process, state: EnvState) -> tuple[Tensor, Tensor | None]:
+    """The reward of each row, 0 for those under way, and its map where the reward has one.
+
+    At `t = 0`: `reward(x_0, teacher_x_0, condition) - step_cost * nfe`.
+
+    Returns:
+        float32 `(N,)`, and float32 `(N, *latent_shape)` or None; the map's mean is the reward.
+    """
+    values, reward_map = rewards.evaluate(
+        process.reward, state.x_t, state.teacher_x_0, state.condition
+    )
+    cost = process.step_cost * process.nfe_per_step * state.step_index
+    ended = terminal(process, state)
+    if reward_map is not None:
+        reward_map = torch.where(
+            expand(ended, reward_map), reward_map - expand(cost, reward_map), 0.0
+        )
+    return torch.where(ended, values - cost, 0.0), reward_map
+
+
+def terminal(process: Process, state: EnvState) -> Tensor:
+    """Which trajectories have reached the data, bool `(N,)`."""
+    return state.t <= 0
+
+
+def _step_output(process: Process, state: EnvState, output: Tensor, s: Tensor) -> Tensor:
+    """`x_s` from the step output of an action, both `(N, *latent_shape)`."""
+    schedule, x_t, t = process.schedule, state.x_t, state.t
+    if process.student is not None:
+        x0_pred = process.student(x_t, t, state.condition)
+        output = process.residual_scale * output + _as_output(process, state, x0_pred, s)
+    if process.action_type == "latent":
+        return output
+    alpha, sigma = expand(schedule.alpha(t), x_t), expand(schedule.sigma(t), x_t)
+    x0_pred = to_x0(output, x_t, alpha, sigma, process.action_type)
+    return kernel.step(schedule, x_t, x0_pred, t, s).mean
+
+
+def _as_output(process: Process, state: EnvState, x0_pred: Tensor, s: Tensor) -> Tensor:
+    """The step output that stands for the deterministic DDIM step with `x0_pred`."""
+    schedule, x_t, t = process.schedule, state.x_t, state.t
+    if process.action_type == "latent":
+        return kernel.step(schedule, x_t, x0_pred, t, s).mean
+    alpha, sigma = expand(schedule.alpha(t), x_t), expand(schedule.sigma(t), x_t)
+    return from_x0(x0_pred, x_t, alpha, sigma, process.action_type)

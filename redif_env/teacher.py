@@ -1,0 +1,255 @@
+"""The teacher, and the bank of its answers that students are rewarded against."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .denoiser import Denoiser
+from .errors import CacheError, InvalidArgumentError, check_choice, check_integer
+
+# Independent streams of noise: each split adds its own constant to the seed's hash.
+SPLITS = ("train", "validation", "test")
+CACHE_VARIABLE = "REDIF_CACHE"
+
+
+class Teacher:
+    """A diffusion model together with the sampler that defines its answer.
+
+    Args:
+        denoiser: The model.
+        make_solver: Returns a fresh diffusers scheduler; it must be deterministic.
+        num_steps: Steps of the solver, 50 by default.
+
+    Attributes:
+        source: Folder or name that the teacher was loaded from, for records; may be None.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        make_solver: Callable[[], Any],
+        num_steps: int = 50,
+        source: str | None = None,
+    ) -> None:
+        self.denoiser = denoiser.eval().requires_grad_(False)
+        self.make_solver = make_solver
+        self.num_steps = check_integer("num_steps", num_steps, 1)
+        self.source = source
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the network."""
+        return self.denoiser.device
+
+    def to(self, device: str | torch.device) -> Teacher:
+        """Move the network to `device`; returns self."""
+        self.denoiser.to(device)
+        return self
+
+    @torch.no_grad()
+    def sample(self, x_T: Tensor, condition: Tensor | None = None) -> Tensor:
+        """The teacher's answer `x_0` to the noise `x_T`, both float32 `(N, ...)`.
+
+        Args:
+            x_T: Initial noise, of std `schedule.initial_std`.
+            condition: Classes, int64 `(N,)`, or None.
+        """
+        solver = self.make_solver()
+        solver.set_timesteps(self.num_steps, device=x_T.device)
+        x_t = x_T
+        for t in solver.timesteps:
+            model_input = solver.scale_model_input(x_t, t)
+            times = t.float().expand(len(x_t))
+            prediction = self.denoiser.predict(model_input, times, condition)
+            x_t = solver.step(prediction, t, x_t).prev_sample
+        return x_t
+
+    def fingerprint(self) -> str:
+        """Hex digest of all that the answers depend on: weights, guidance, solver, steps."""
+        solver = self.make_solver()
+        digest = hashlib.sha256()
+        settings = [
+            type(solver).__name__,
+            dict(solver.config),
+            self.num_steps,
+            self.denoiser.guidance_scale,
+            self.denoiser.prediction_type,
+            self.denoiser.num_classes,
+            self.denoiser.null_class,
+        ]
+        digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+        for name, tensor in sorted(self.denoiser.network.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherBank:
+    """A fixed pool of tasks and the teacher's answers.
+
+    Attributes:
+        x_T: Initial noise, float32 `(P, *latent_shape)`.
+        teacher_x_0: The teacher's answers, float32 like `x_T`.
+        condition: Classes, int64 `(P,)`; None for an unconditional teacher.
+    """
+
+    x_T: Tensor
+    teacher_x_0: Tensor
+    condition: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.x_T)
+
+    def to(self, device: str | torch.device) -> TeacherBank:
+        """A copy of the bank on `device`."""
+        condition = None if self.condition is None else self.condition.to(device)
+        return TeacherBank(self.x_T.to(device), self.teacher_x_0.to(device), condition)
+
+    def subset(self, num: int) -> TeacherBank:
+        """The first `num` tasks."""
+        condition = None if self.condition is None else self.condition[:num]
+        return TeacherBank(self.x_T[:num], self.teacher_x_0[:num], condition)
+
+    @classmethod
+    def build(
+        cls,
+        teacher: Teacher,
+        size: int,
+        *,
+        split: str = "train",
+        seed: int = 0,
+        batch_size: int = 256,
+        cache_dir: str | Path | None = None,
+        progress: bool = False,
+    ) -> TeacherBank:
+        """Load the bank from the cache, or ask the teacher and fill the cache.
+
+        Noise and classes are drawn on the CPU, so that a seed means the same tasks on any device.
+
+        Args:
+            teacher: Whose answers to keep.
+            size: Number of tasks P.
+            split: `"train"`, `"validation"` or `"test"`: disjoint streams of noise.
+            seed: Seed of the stream.
+            batch_size: Rows the teacher answers at once.
+            cache_dir: Folder of the cache; default `$REDIF_CACHE`, else `~/.cache/redif`.
+            progress: Show a progress bar.
+
+        Returns:
+            The bank, on the teacher's device.
+
+        Raises:
+            InvalidArgumentError: for a size, split, seed or batch size that makes no sense.
+            CacheError: if the cache cannot be written, for example on a full disk. Nothing partial
+                is left behind.
+        """
+        size = check_integer("size", size, 1)
+        batch_size = check_integer("batch_size", batch_size, 1)
+        seed = check_integer("seed", seed, 0)
+        check_choice("split", split, SPLITS)
+        key = f"{teacher.fingerprint()[:32]}-{split}-{seed}-{size}"
+        path = cache_folder(cache_dir) / f"bank-{key}.safetensors"
+        with _cache_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Two processes that want the same bank: the second waits, then reads.
+            with FileLock(f"{path}.lock"):
+                bank = _read(path, key)
+                if bank is None:
+                    bank = _ask(cls, teacher, size, split, seed, batch_size, progress)
+                    _write(path, bank, key)
+        return bank.to(teacher.device)
+
+
+def split_seed(seed: int, split: str) -> int:
+    """Seed of a split's noise: a hash, so that neighbouring seeds and splits share nothing."""
+    return int.from_bytes(hashlib.sha256(f"{split} {seed}".encode()).digest()[:7], "big")
+
+
+def cache_folder(cache_dir: str | Path | None = None) -> Path:
+    """Where banks are kept: `cache_dir`, else `$REDIF_CACHE`, else `~/.cache/redif`."""
+    return Path(cache_dir or os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "redif")
+
+
+def _ask(
+    cls: type[TeacherBank],
+    teacher: Teacher,
+    size: int,
+    split: str,
+    seed: int,
+    batch_size: int,
+    progress: bool,
+) -> TeacherBank:
+    generator = torch.Generator().manual_seed(split_seed(seed, split))
+    x_T = teacher.denoiser.initial_noise(size, generator)
+    condition = teacher.denoiser.initial_condition(size, generator)
+    answers = []
+    batches = range(0, size, batch_size)
+    for start in tqdm(batches, f"teacher's answers ({split})", disable=not progress):
+        rows = slice(start, start + batch_size)
+        classes = None if condition is None else condition[rows].to(teacher.device)
+        answers.append(teacher.sample(x_T[rows].to(teacher.device), classes).cpu())
+    return cls(x_T, torch.cat(answers), condition)
+
+
+def _read(path: Path, key: str) -> TeacherBank | None:
+    """The cached bank, or None if there is none or it is truncated, corrupt or another's."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
+    except (OSError, SafetensorError):
+        return None
+    if metadata.get("key") != key or metadata.get("digest") != _digest(tensors):
+        return None
+    return TeacherBank(tensors["x_T"], tensors["teacher_x_0"], tensors.get("condition"))
+
+
+def _write(path: Path, bank: TeacherBank, key: str) -> None:
+    tensors = {"x_T": bank.x_T, "teacher_x_0": bank.teacher_x_0}
+    if bank.condition is not None:
+        tensors["condition"] = bank.condition
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, {"key": key, "digest": _digest(tensors)})
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _cache_errors(path: Path):  # type: ignore[no-untyped-def]
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CacheError(
+            f"cache_dir={str(path.parent)!r}: the teacher bank could not be stored there ({error}). "
+            f"Free some space, or point {CACHE_VARIABLE} or cache_dir at a writable folder."
+        ) from error
+
+
+__all__ = ["CACHE_VARIABLE", "SPLITS", "InvalidArgumentError", "Teacher", "TeacherBank", "cache_folder", "split_seed"]

@@ -1,0 +1,133 @@
+r"""The transition kernel: one Gaussian step from time t to time s < t, for per-row times.
+
+For any schedule (Song et al. 2021, eq. 12 and 16, written in alpha and sigma):
+
+.. math::
+    \mathrm{std}_{max} &= \frac{\sigma_s}{\sigma_t}
+        \sqrt{\sigma_t^2 - (\alpha_t / \alpha_s)^2 \sigma_s^2}, \qquad \mathrm{std} = \eta\,\mathrm{std}_{max} \\
+    \mathrm{mean} &= \alpha_s \hat x_0 + \sqrt{\sigma_s^2 - \mathrm{std}^2}\,\hat\epsilon
+
+VP schedules give DDIM(eta) and, at eta = 1, DDPM; VE schedules give EDM's ancestral step.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import check_choice
+from .noise import NoiseSchedule, expand, from_x0
+
+EXPLORATION_MEANS = ("ode", "sde")
+
+
+class Gaussian(NamedTuple):
+    """An isotropic Gaussian a row.
+
+    Attributes:
+        mean: float32 `(N, ...)`.
+        std: float32 `(N, 1, ..., 1)`, broadcastable over `mean`; 0 where the step is deterministic.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+
+def step(
+    schedule: NoiseSchedule, x_t: Tensor, x0_pred: Tensor, t: Tensor, s: Tensor, eta: float = 0.0
+) -> Gaussian:
+    """The kernel's mean and standard deviation.
+
+    Args:
+        schedule: Noise schedule of the model.
+        x_t: Noisy latents, float `(N, ...)`.
+        x0_pred: The network's estimate of the data, `(N, ...)`.
+        t: Current times, float `(N,)`, in (0, T].
+        s: Target times, float `(N,)`, `0 <= s < t`. At `s = 0` the std is 0 and the mean `x0_pred`.
+        eta: Noise factor in [0, 1]; 0 is deterministic DDIM.
+    """
+    scales = _scales(schedule, x_t, t, s)
+    std = eta * _max_std(*scales)
+    return Gaussian(_mean(x_t, x0_pred, scales, std), std)
+
+
+def exploration(
+    schedule: NoiseSchedule,
+    x_t: Tensor,
+    x0_pred: Tensor,
+    t: Tensor,
+    s: Tensor,
+    eta: float,
+    min_std: float,
+    mean: str = "ode",
+) -> Gaussian:
+    """The distribution that a policy explores with: the kernel with its std floored at `min_std`.
+
+    The floor makes the log-prob exist where the kernel is deterministic. It never enters the
+    square root of the mean, which would no longer be real where `min_std > sigma_s`.
+
+    Args:
+        schedule, x_t, x0_pred, t, s, eta: as for `step`.
+        min_std: Smallest standard deviation, in latent units.
+        mean: `"ode"` trains the mean that is deployed (eta = 0); `"sde"` keeps the noise level of
+            `x_s` right when eta is large.
+    """
+    check_choice("mean", mean, EXPLORATION_MEANS)
+    scales = _scales(schedule, x_t, t, s)
+    std = eta * _max_std(*scales)
+    inner = std if mean == "sde" else torch.zeros_like(std)
+    return Gaussian(_mean(x_t, x0_pred, scales, inner), std.clamp_min(min_std))
+
+
+def _scales(schedule: NoiseSchedule, x: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
+    """alpha_t, sigma_t, alpha_s, sigma_s, each broadcastable over `x`."""
+    return (
+        expand(schedule.alpha(t), x),
+        expand(schedule.sigma(t), x),
+        expand(schedule.alpha(s), x),
+        expand(schedule.sigma(s), x),
+    )
+
+
+def _max_std(alpha_t: Tensor, sigma_t: Tensor, alpha_s: Tensor, sigma_s: Tensor) -> Tensor:
+    kept = (sigma_t**2 - (alpha_t / alpha_s) ** 2 * sigma_s**2).clamp_min(0)
+    return sigma_s / sigma_t * kept.sqrt()
+
+
+def _mean(x_t: Tensor, x0_pred: Tensor, scales: tuple[Tensor, ...], std: Tensor) -> Tensor:
+    alpha_t, sigma_t, alpha_s, sigma_s = scales
+    eps_pred = from_x0(x0_pred, x_t, alpha_t, sigma_t, "epsilon")
+    return alpha_s * x0_pred + (sigma_s**2 - std**2).clamp_min(0).sqrt() * eps_pred
+
+
+def sample(gaussian: Gaussian, generator: torch.Generator | None = None) -> Tensor:
+    """Draw `x_s`, `(N, ...)`, from the kernel."""
+    mean, std = gaussian
+    noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+    return mean + std * noise
+
+
+def log_prob_map(x_s: Tensor, gaussian: Gaussian) -> Tensor:
+    """Log-density of each element of `x_s`, `(N, ...)`; its sum over a row is the row's log-prob."""
+    mean, std = gaussian
+    return -((x_s - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
+
+
+def log_ratio_map(x_s: Tensor, mean: Tensor, old: Gaussian) -> Tensor:
+    r"""Log of the density ratio new / old of each element of `x_s`, `(N, ...)`, in float32.
+
+    The new Gaussian has the old one's std. Computed from the difference of the means, which keeps
+    digits that the difference of two log-probs loses:
+
+    .. math:: (\mu - \mu_{old}) (2 x_s - \mu - \mu_{old}) / (2\,\mathrm{std}^2)
+
+    Args:
+        x_s: What was sampled from `old`, `(N, ...)`.
+        mean: Mean of the new Gaussian, `(N, ...)`.
+        old: The Gaussian that `x_s` was drawn from.
+    """
+    old_mean, std = old.mean.float(), old.std.float()
+    return (mean.float() - old_mean) * (2 * x_s - mean.float() - old_mean) / (2 * std**2)

@@ -1,0 +1,469 @@
+"""ReDiFVectorEnv: N denoising trajectories as one batch of tensors."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from torch import Tensor
+
+from . import mdp, rendering, schedules
+from .errors import (
+    InvalidActionError,
+    InvalidArgumentError,
+    InvalidRewardError,
+    check_choice,
+    check_integer,
+    check_number,
+)
+from .loading import load_teacher
+from .rewards import Reward, make_reward
+from .teacher import SPLITS, Teacher, TeacherBank
+
+FREE = "free"
+DEFAULT_NUM_STEPS = 4
+DEFAULT_BANK_SIZE = 256
+LATENT_BOUND = 10.0  # ten standard deviations: real latents stay well inside
+RESIDUAL_BOUND = 1.0
+
+
+class ReDiFVectorEnv(VectorEnv):
+    """Denoise in few steps so that the result agrees with the teacher's.
+
+    ## Description
+    Each of the N rows holds a noisy latent `x_t`. An action moves it to a smaller time; at time 0
+    the sample is scored against what the teacher makes, in many steps, of the same noise. The
+    transition is deterministic given the action: all exploration is the policy's.
+
+    ## Action Space
+    One finite `Box`, float32 `(D + S,)`: the flattened step output (`D` elements), then, when the
+    schedule is free, one schedule choice (`S = 1`). With `action_type="latent"` the step output is
+    the next latent `x_s`; with a prediction type it is the network output from which the
+    environment takes the deterministic DDIM step. The choice in [-1, 1] is the part of the time
+    that is kept: -1 goes straight to the data, 0 halves the time. With `residual=True` the step
+    output is added, times `residual_scale`, to that of a frozen copy of the teacher's network, so
+    that the zero action is the few-step baseline.
+
+    ## Observation Space
+    `Dict` of tensors on `device`:
+
+    | key | dtype, shape of a row | meaning |
+    |---|---|---|
+    | `latents` | float32 `latent_shape` | `x_t` |
+    | `timestep` | float32 `(1,)` | `t / T` |
+    | `steps_left` | float32 `(1,)` | share of `max_steps` that is left |
+    | `condition` | int64 `()` | the class; only when the teacher has classes |
+
+    ## Rewards
+    0 until the data is reached; then `reward(x_0, teacher_x_0, condition) - step_cost * nfe`.
+
+    ## Starting State
+    A task of the teacher bank: noise `x_T` at the first time of the schedule, and a class. Tasks
+    are drawn with replacement, by a hash of the seed, the group and its episode count; the
+    `group_size` neighbours of a group always get the same ones.
+
+    ## Episode End
+    Reaching time 0 terminates; the last of `num_steps` steps always does. Nothing truncates.
+    Autoreset is `SAME_STEP`. `infos` of a step where episodes may have ended holds `final_obs`,
+    `_final_obs` (bool mask), `episode` (`r` return, `l` length, `nfe`), `_episode`, and
+    `reward_map` when the reward has a map.
+
+    Args:
+        num_envs: N.
+        teacher: Bundled name, diffusers folder, or `Teacher`.
+        num_steps: Most steps of an episode; default 4, or the length of a listed schedule.
+        schedule: `"free"`, a grid name (`"uniform"`, `"karras"`) or a list of times.
+        reward: A `Reward` or the name of one, such as `"mse + 0.5*ssim"`.
+        action_type: `"latent"` or a diffusers prediction type.
+        step_cost: Reward taken for each network evaluation.
+        group_size: K neighbouring rows that share tasks; must divide `num_envs`.
+        residual: Whether actions correct a frozen student.
+        residual_scale: What a residual action is multiplied by.
+        action_bound: Bound of the step output; default 10, or 1 when `residual`.
+        bank: Tasks to use; default: `TeacherBank.build` with the next three.
+        bank_size, split, bank_seed: Of the bank that is built, at the first reset.
+        seed: Seed until `reset(seed=...)` gives another; drawn when None.
+        device: Where everything lives; default: the teacher's device when it is a `Teacher`.
+        render_mode: `"rgb_array"` or None.
+
+    Raises:
+        InvalidArgumentError: for any of these that makes no sense, before anything is computed.
+        InvalidActionError: from `step`, see there.
+
+    ## Version History
+    * v0: initial version.
+    """
+
+    metadata = {  # noqa: RUF012 (Gymnasium's own declaration)
+        "render_modes": ["rgb_array"],
+        "render_fps": 4,
+        "autoreset_mode": AutoresetMode.SAME_STEP,
+    }
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        teacher: str | Path | Teacher = "digits",
+        *,
+        num_steps: int | None = None,
+        schedule: str | Sequence[float] | Tensor = FREE,
+        reward: str | Reward = "mse",
+        action_type: str = "latent",
+        step_cost: float = 0.0,
+        group_size: int = 1,
+        residual: bool = False,
+        residual_scale: float = 0.1,
+        action_bound: float | None = None,
+        bank: TeacherBank | None = None,
+        bank_size: int = DEFAULT_BANK_SIZE,
+        split: str = "train",
+        bank_seed: int = 0,
+        seed: int | None = None,
+        device: str | torch.device | None = None,
+        render_mode: str | None = None,
+    ) -> None:
+        self.num_envs = check_integer("num_envs", num_envs, 1)
+        self.group_size = check_integer("group_size", group_size, 1)
+        if self.num_envs % self.group_size:
+            raise InvalidArgumentError(
+                "group_size", group_size, f"pass a divisor of {num_envs=}, so that groups are whole."
+            )
+        if render_mode not in (None, "rgb_array"):
+            raise InvalidArgumentError("render_mode", render_mode, "pass 'rgb_array' or None.")
+        self.render_mode = render_mode
+        check_choice("action_type", action_type, mdp.ACTION_TYPES)
+        check_choice("split", split, SPLITS)
+        self._bank_options = {
+            "size": check_integer("bank_size", bank_size, 1),
+            "split": split,
+            "seed": check_integer("bank_seed", bank_seed, 0),
+        }
+        step_cost = check_number("step_cost", step_cost)
+        residual_scale = check_number("residual_scale", residual_scale)
+        default_bound = RESIDUAL_BOUND if residual else LATENT_BOUND
+        bound = default_bound if action_bound is None else action_bound
+        self.action_bound = check_number("action_bound", bound, minimum=1e-6)
+        reward = make_reward(reward)
+        self.teacher = _as_teacher(teacher, device)
+        self.device = self.teacher.device
+        denoiser = self.teacher.denoiser
+        timesteps, max_steps = _resolve_schedule(schedule, denoiser.schedule, num_steps)
+        self.process = mdp.Process(
+            schedule=denoiser.schedule,
+            max_steps=max_steps,
+            reward=reward,
+            timesteps=None if timesteps is None else timesteps.to(self.device),
+            action_type=action_type,
+            step_cost=step_cost,
+            nfe_per_step=denoiser.nfe,
+            student=copy.deepcopy(denoiser) if residual else None,
+            residual_scale=residual_scale,
+        )
+        self._bank = None if bank is None else _check_bank(bank, denoiser).to(self.device)
+        self._make_spaces()
+        drawn = int(self.np_random.integers(2**62)) if seed is None else seed
+        self._seed = check_integer("seed", drawn, 0)
+        self._state: mdp.EnvState | None = None
+        self.last_state: mdp.EnvState | None = None
+
+    @property
+    def bank(self) -> TeacherBank:
+        """The tasks; built, or read from the cache, when first needed."""
+        if self._bank is None:
+            self._bank = TeacherBank.build(self.teacher, **self._bank_options)
+        return self._bank
+
+    @property
+    def max_steps(self) -> int:
+        """Most steps of an episode."""
+        return self.process.max_steps
+
+    @property
+    def timesteps(self) -> Tensor | None:
+        """The fixed grid, float32 `(max_steps + 1,)`; None when the schedule is free."""
+        return self.process.timesteps
+
+    @property
+    def state(self) -> mdp.EnvState:
+        """The current state, for inspection.
+
+        Raises:
+            gymnasium.error.ResetNeeded: before the first `reset`.
+        """
+        if self._state is None:
+            raise gym.error.ResetNeeded("call reset() before using the environment.")
+        return self._state
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Start a new episode in every row.
+
+        Args:
+            seed: Makes the tasks from here on reproducible. Without one, new tasks follow.
+            options: `{"tasks": rows}` starts the episodes from those rows of the bank, integers
+                `(num_envs,)`.
+        """
+        if seed is not None:
+            seed = check_integer("seed", seed, 0)
+            super().reset(seed=seed)
+            self._seed = seed
+            self._episodes = torch.zeros(self.num_envs, dtype=torch.int64, device=self.device)
+        elif self._state is None:
+            self._episodes = torch.zeros(self.num_envs, dtype=torch.int64, device=self.device)
+        tasks = self._chosen_tasks(options) if options and "tasks" in options else self._draw()
+        self._state = mdp.initial(self.process, self.bank, tasks)
+        self._step_count = 0
+        self._bad_action = torch.zeros(2, dtype=torch.bool, device=self.device)
+        self._bad_reward = torch.zeros((), dtype=torch.bool, device=self.device)
+        return mdp.observation(self.process, self._state), {}
+
+    def step(
+        self, actions: Tensor | np.ndarray
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor, dict[str, Any]]:
+        """Take one step in every row; rows that end start their next episode at once.
+
+        Args:
+            actions: float `(N, D + S)`, inside the action space.
+
+        Raises:
+            InvalidActionError: for a wrong shape or dtype, and for values that are not finite or
+                outside the Box. On the CPU at once; on another device, where looking at values
+                would make the host wait at every step, by the end of an episode.
+            InvalidRewardError: for a reward of the wrong shape, or (with the same delay) one that
+                is not finite.
+        """
+        action = self._check_action(actions)
+        state = mdp.transition(self.process, self.state, action)
+        self._step_count += 1
+        may_end = self._may_end()
+        infos: dict[str, Any] = {}
+        if may_end:
+            rewards, reward_map = mdp.reward(self.process, state)
+            terminations = mdp.terminal(self.process, state)
+            self._bad_reward |= ~rewards.isfinite().all()
+            infos = self._final_infos(state, rewards, reward_map, terminations)
+            self.last_state = state
+            self._state = self._restart(state, terminations)
+        else:
+            rewards = torch.zeros(self.num_envs, device=self.device)
+            terminations = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
+            self._state = state
+        if self.device.type == "cpu" or self._step_count % self.max_steps == 0:
+            self._raise_flags()
+        truncations = torch.zeros_like(terminations)
+        observations = mdp.observation(self.process, self._state)
+        return observations, rewards, terminations, truncations, infos
+
+    def render(self) -> tuple[np.ndarray, ...] | None:
+        """A picture a row: latent, predicted data, teacher's answer; uint8 `(height, width, 3)`."""
+        if self.render_mode is None:
+            gym.logger.warn("render() needs render_mode='rgb_array'.")
+            return None
+        return tuple(self.draw(self.state))
+
+    @torch.no_grad()
+    def draw(self, state: mdp.EnvState) -> np.ndarray:
+        """Pictures of a state, uint8 `(N, height, width, 3)`."""
+        x0_pred = self.teacher.denoiser(state.x_t, state.t.clamp_min(1), state.condition)
+        ended = state.t.reshape(-1, *[1] * (state.x_t.ndim - 1)) <= 0
+        x0_pred = torch.where(ended, state.x_t, x0_pred)
+        return rendering.frames(state.x_t, x0_pred, state.teacher_x_0)
+
+    def _make_spaces(self) -> None:
+        denoiser, process = self.teacher.denoiser, self.process
+        seen: dict[str, spaces.Space[Any]] = {
+            "latents": spaces.Box(-np.inf, np.inf, denoiser.latent_shape, np.float32),
+            "timestep": spaces.Box(0, 1, (1,), np.float32),
+            "steps_left": spaces.Box(0, 1, (1,), np.float32),
+        }
+        if denoiser.num_classes is not None:
+            seen["condition"] = spaces.Discrete(denoiser.num_classes)
+        dim = int(np.prod(denoiser.latent_shape))
+        high = np.full(dim + process.choice_dim, self.action_bound, np.float32)
+        high[dim:] = 1
+        self.single_observation_space = spaces.Dict(seen)
+        self.single_action_space = spaces.Box(-high, high, dtype=np.float32)
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+        self._high = torch.from_numpy(high).to(self.device)
+
+    def _may_end(self) -> bool:
+        """Whether an episode can have ended in this step, without asking the device.
+
+        With a fixed schedule all rows are in lock-step, so the host knows.
+        """
+        return self.process.timesteps is None or self._step_count % self.max_steps == 0
+
+    def _draw(self) -> Tensor:
+        """Rows of the bank for each slot's next episode, int64 `(N,)`; counts the episode."""
+        groups = torch.arange(self.num_envs, device=self.device) // self.group_size
+        number = self._episodes * (self.num_envs // self.group_size) + groups
+        self._episodes = self._episodes + 1
+        return task_hash(number, self._seed) % len(self.bank)
+
+    def _chosen_tasks(self, options: dict[str, Any]) -> Tensor:
+        try:
+            tasks = torch.as_tensor(options["tasks"])
+        except (TypeError, ValueError, RuntimeError):
+            tasks = torch.empty(0)
+        size = len(self.bank)
+        fits = tasks.shape == (self.num_envs,) and tasks.dtype == torch.int64
+        if not fits or bool((tasks < 0).any()) or bool((tasks >= size).any()):
+            raise InvalidArgumentError(
+                "options['tasks']",
+                options["tasks"],
+                f"pass {self.num_envs} integers, each in [0, {size}).",
+            )
+        return tasks.to(self.device)
+
+    def _check_action(self, actions: Tensor | np.ndarray) -> Tensor:
+        try:
+            action = torch.as_tensor(actions)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InvalidActionError("actions", actions, "pass a float tensor or array.") from error
+        if not action.is_floating_point():
+            raise InvalidActionError("actions.dtype", action.dtype, "pass float32.")
+        if action.shape != (self.num_envs, len(self._high)):
+            wanted = (self.num_envs, len(self._high))
+            raise InvalidActionError("actions.shape", tuple(action.shape), f"pass {wanted}.")
+        action = action.to(self._high)
+        outside = (action.abs() > self._high) & action.isfinite()
+        self._bad_action |= torch.stack([~action.isfinite().all(), outside.any()])
+        if self.device.type == "cpu":
+            self._raise_flags()  # before the state changes
+        return action
+
+    def _raise_flags(self) -> None:
+        bad, outside = self._bad_action.unbind()
+        if bool(bad):
+            raise InvalidActionError(
+                "actions", "NaN or infinity", "pass finite values; check the policy's learning rate."
+            )
+        if bool(outside):
+            raise InvalidActionError(
+                "actions",
+                "outside the action space",
+                f"clip the step output to +-{self.action_bound:g} and the choice to +-1, or pass a "
+                "larger action_bound.",
+            )
+        if bool(self._bad_reward):
+            raise InvalidRewardError(
+                f"reward {self.process.reward.name!r} returned",
+                "NaN or infinity",
+                "return finite values for any sample.",
+            )
+
+    def _final_infos(
+        self, state: mdp.EnvState, rewards: Tensor, reward_map: Tensor | None, ended: Tensor
+    ) -> dict[str, Any]:
+        length = torch.where(ended, state.step_index, 0)
+        infos = {
+            "final_obs": mdp.observation(self.process, state),
+            "_final_obs": ended,
+            "episode": {
+                "r": rewards.clone(),
+                "l": length,
+                "nfe": length * self.process.nfe_per_step,
+            },
+            "_episode": ended.clone(),
+        }
+        if reward_map is not None:
+            infos["reward_map"] = reward_map
+        return infos
+
+    def _restart(self, state: mdp.EnvState, ended: Tensor) -> mdp.EnvState:
+        """The state with a fresh episode in every row that has ended, without asking which."""
+        before = self._episodes
+        fresh = mdp.initial(self.process, self.bank, self._draw())
+        self._episodes = torch.where(ended, self._episodes, before)
+        if self.process.timesteps is not None:
+            return fresh
+
+        def choose(new: Tensor | None, old: Tensor | None) -> Tensor | None:
+            if new is None or old is None:
+                return None
+            return torch.where(ended.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+        fields = (field.name for field in dataclasses.fields(state))
+        return mdp.EnvState(**{f: choose(getattr(fresh, f), getattr(state, f)) for f in fields})
+
+
+def task_hash(number: Tensor, seed: int) -> Tensor:
+    """Pseudo-random int64 in [0, 2^62) for each number: splitmix64 (Steele et al. 2014).
+
+    Drawing by hash instead of a generator makes an episode's task a function of the seed and its
+    number alone, so rows can end at different times without the host knowing.
+    """
+    x = number + _signed(seed * 0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = x + _signed(0x9E3779B97F4A7C15)
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
+    return (x ^ ((x >> 31) & ((1 << 33) - 1))) & ((1 << 62) - 1)
+
+
+def _signed(value: int) -> int:
+    """The int64 with the lowest 64 bits of `value`."""
+    return (value + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def _as_teacher(teacher: str | Path | Teacher, device: str | torch.device | None) -> Teacher:
+    if isinstance(teacher, str | Path):
+        return load_teacher(teacher, device=_check_device(device or "cpu"))
+    if not isinstance(teacher, Teacher):
+        raise InvalidArgumentError(
+            "teacher", teacher, "pass a bundled name, a diffusers folder or a Teacher."
+        )
+    if device is not None and torch.device(_check_device(device)).type != teacher.device.type:
+        raise InvalidArgumentError(
+            "device", device, f"the teacher is on {teacher.device}; move it with teacher.to(device)."
+        )
+    return teacher
+
+
+def _check_device(device: str | torch.device) -> torch.device:
+    try:
+        checked = torch.device(device)
+        torch.empty(0, device=checked)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise InvalidArgumentError(
+            "device", device, f"pass a device that torch has here, such as 'cpu' ({error})."
+        ) from error
+    return checked
+
+
+def _resolve_schedule(
+    spec: str | Sequence[float] | Tensor, noise: Any, num_steps: int | None
+) -> tuple[Tensor | None, int]:
+    """The grid (None when free) and the number of steps."""
+    if num_steps is not None:
+        num_steps = check_integer("num_steps", num_steps, 1)
+    if not isinstance(spec, str):
+        grid = schedules.explicit(spec, noise)
+        return schedules.make_grid(grid, noise, num_steps or len(grid) - 1), len(grid) - 1
+    steps = num_steps or DEFAULT_NUM_STEPS
+    return (None if spec == FREE else schedules.make_grid(spec, noise, steps)), steps
+
+
+def _check_bank(bank: TeacherBank, denoiser: Any) -> TeacherBank:
+    shape = tuple(bank.x_T.shape[1:])
+    if not len(bank) or shape != denoiser.latent_shape or bank.teacher_x_0.shape != bank.x_T.shape:
+        raise InvalidArgumentError(
+            "bank", f"latents of shape {shape}", f"pass latents of shape {denoiser.latent_shape}."
+        )
+    if (bank.condition is None) != (denoiser.num_classes is None):
+        raise InvalidArgumentError(
+            "bank",
+            "without conditions" if bank.condition is None else "with conditions",
+            "pass a bank that was built with this teacher.",
+        )
+    return bank
