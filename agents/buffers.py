@@ -6,9 +6,10 @@ from collections.abc import Generator
 from typing import Any, NamedTuple
 
 import torch
-from redif_env.transition import Gaussian
 from stable_baselines3.common.buffers import RolloutBuffer
 from torch import Tensor
+
+from redif_env.transition import Gaussian
 
 from .advantages import gae, group_relative
 
@@ -45,6 +46,8 @@ class TorchRolloutBuffer(RolloutBuffer):
         credit: `"global"`, one advantage a row, or `"local"`, one an element, from reward maps.
         group_size: Neighbouring rows that share tasks.
         episode_length: Steps of every episode, for `"group"`; T must be a multiple of it.
+        stochastic_steps: `"all"`, or `"one"` when only one step of each trajectory explored: the
+            one that `add_explored_step` names. Only that one is trained on.
         seed: Of the minibatch order. An own generator, so that the order does not shift the noise
             of the policy.
     """
@@ -56,6 +59,7 @@ class TorchRolloutBuffer(RolloutBuffer):
         credit: str = "global",
         group_size: int = 1,
         episode_length: int = 1,
+        stochastic_steps: str = "all",
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
@@ -63,6 +67,7 @@ class TorchRolloutBuffer(RolloutBuffer):
         self.credit = credit
         self.group_size = group_size
         self.episode_length = episode_length
+        self.stochastic_steps = stochastic_steps
         self._store: dict[str, Tensor] = {}
         super().__init__(*args, **kwargs)
         self._order = torch.Generator(self.device).manual_seed(seed)
@@ -100,8 +105,11 @@ class TorchRolloutBuffer(RolloutBuffer):
 
     def add_reward_map(self, reward_map: Tensor) -> None:
         """Store the reward map, `(N, *latent_shape)`, of the episode that the last step ended."""
-        episode = (self.pos - 1) // self.episode_length
-        self._put("reward_map", reward_map, episode, self.buffer_size // self.episode_length)
+        self._put_episode("reward_map", reward_map, (self.pos - 1) // self.episode_length)
+
+    def add_explored_step(self, step_index: Tensor) -> None:
+        """Store which step of the episode that starts now explores, int64 `(N,)`."""
+        self._put_episode("explored_step", step_index, self.pos // self.episode_length)
 
     def compute_returns_and_advantage(self, last_values: Tensor, dones: Tensor) -> None:  # type: ignore[override]
         """Fill in advantages and returns; `last_values` and `dones` are `(N,)`."""
@@ -126,15 +134,27 @@ class TorchRolloutBuffer(RolloutBuffer):
         self._store["returns"] = returns.repeat_interleave(self.episode_length, 0)
 
     def get(self, batch_size: int | None = None) -> Generator[RolloutBatch, None, None]:  # type: ignore[override]
-        """Minibatches that together hold every transition once, in random order."""
-        total = self.buffer_size * self.n_envs
-        order = torch.randperm(total, generator=self._order, device=self.device)
-        for rows in order.split(batch_size or total):
-            yield self._batch(rows)
+        """Minibatches that together hold every stochastic transition once, in random order."""
+        rows = self._stochastic_rows()
+        order = torch.randperm(len(rows), generator=self._order, device=self.device)
+        for part in order.split(batch_size or len(rows)):
+            yield self._batch(rows[part])
 
     def __getitem__(self, name: str) -> Tensor:
         """A stored tensor, `(T, N, ...)`: `actions`, `rewards`, `values`, `advantages`, ..."""
         return self._store[name]
+
+    def _stochastic_rows(self) -> Tensor:
+        """Indices into the flattened `(T, N)` of the transitions that explored."""
+        if self.stochastic_steps == "all":
+            return torch.arange(self.buffer_size * self.n_envs, device=self.device)
+        explored = self._store["explored_step"]
+        starts = torch.arange(len(explored), device=self.device) * self.episode_length
+        columns = torch.arange(self.n_envs, device=self.device)
+        return ((starts[:, None] + explored) * self.n_envs + columns).flatten()
+
+    def _put_episode(self, name: str, value: Tensor, episode: int) -> None:
+        self._put(name, value, episode, self.buffer_size // self.episode_length)
 
     def _put(
         self, name: str, value: Tensor, position: int | None = None, length: int | None = None

@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from redif_env import rewards, schedules
-from redif_env.errors import check_integer
-from redif_env.rendering import to_rgb
-from redif_env.teacher import TeacherBank
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Image
 from torch import Tensor
 from tqdm.auto import tqdm
+
+from redif_env import rewards, schedules
+from redif_env.errors import check_integer
+from redif_env.rendering import to_rgb
+from redif_env.teacher import TeacherBank
 
 
 class IterationCallback(BaseCallback):

@@ -13,6 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.utils import LinearSchedule
+from torch import Tensor
+
 from redif_env import schedules
 from redif_env.denoiser import Denoiser
 from redif_env.errors import InvalidArgumentError, check_integer, check_number
@@ -20,10 +25,6 @@ from redif_env.loading import BUNDLED, load_teacher
 from redif_env.rewards import Reward, make_reward
 from redif_env.teacher import Teacher, TeacherBank
 from redif_env.vector_env import ReDiFVectorEnv
-from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import configure
-from stable_baselines3.common.utils import LinearSchedule
-from torch import Tensor
 
 from .callbacks import HeldOutEvaluation, ProgressBar
 from .evaluation import JUDGE_FOLDER, Judge, compare
@@ -34,7 +35,7 @@ from .ppo import ReDiFPPO
 PACKAGES = ("redif", "torch", "diffusers", "gymnasium", "stable_baselines3", "numpy")
 SEARCH = "search"
 # Seeds of banks: the searched grid and the reports must not depend on the run's seed.
-NUM_VALIDATION = 256
+NUM_VALIDATION = 512
 REFERENCE_SEED = 1
 
 
@@ -76,6 +77,8 @@ def distill(
     group_size: int = 4,
     batch_size: int = 256,
     learning_rate: float = 2e-4,
+    stochastic_steps: str = "one",
+    antithetic: bool = True,
     eta: float = 0.1,
     min_std: float = 0.02,
     ema_decay: float = 0.95,
@@ -88,7 +91,7 @@ def distill(
     progress: bool = False,
     callback: BaseCallback | None = None,
 ) -> Distillation:
-    """Distil a teacher into a student of `num_steps` steps with PPO, and judge it on held-out noise.
+    """Distil a teacher into a student of `num_steps` steps, and judge it on held-out noise.
 
     Args:
         teacher: Bundled name, diffusers folder, or `Teacher`.
@@ -100,6 +103,7 @@ def distill(
         group_size: Trajectories that share noise and class; their mean is the baseline.
         batch_size: Transitions of a minibatch.
         learning_rate: Initial learning rate; falls linearly to 0.
+        stochastic_steps, antithetic: Where and how to explore, see `ReDiFPPO`.
         eta: Noise factor of the kernel while exploring.
         min_std: Smallest exploration std, in latent units.
         ema_decay: Of the student's moving average, an iteration.
@@ -146,6 +150,8 @@ def distill(
         env,
         learning_rate=LinearSchedule(learning_rate, 0.0, 1.0),
         batch_size=batch_size,
+        stochastic_steps=stochastic_steps,
+        antithetic=antithetic,
         eta=eta,
         min_std=min_std,
         ema_decay=ema_decay,
@@ -178,7 +184,10 @@ def distill(
         "trajectories": iterations * num_envs,
         "network_evaluations": _ledger(teacher, model, banks, search_evaluations),
         "held_out": {
-            **{name: compare(x_0, banks.test, banks.reference, judge) for name, x_0 in samples.items()},
+            **{
+                name: compare(x_0, banks.test, banks.reference, judge)
+                for name, x_0 in samples.items()
+            },
             "teacher_floor": _floor(banks, judge),
         },
         "history": held_out.history,
@@ -222,9 +231,7 @@ def _check_out(out: str | Path | None) -> Path | None:
     return Path(out)
 
 
-def _build_banks(
-    teacher: Teacher, bank_size: int, num_held_out: int, progress: bool
-) -> _Banks:
+def _build_banks(teacher: Teacher, bank_size: int, num_held_out: int, progress: bool) -> _Banks:
     def build(size: int, split: str, seed: int = 0) -> TeacherBank:
         return TeacherBank.build(teacher, size, split=split, seed=seed, progress=progress)
 
@@ -242,13 +249,14 @@ def _sample(denoiser: Denoiser, grid: Tensor, bank: TeacherBank) -> Tensor:
 
 
 def _floor(banks: _Banks, judge: Judge | None) -> dict[str, float | None]:
-    """The teacher's own answers, judged as a student's would be; paired with itself the error is 0."""
-    return {**compare(banks.test.teacher_x_0, banks.test, banks.reference, judge), "paired_mse": None}
+    """The teacher's answers, judged as a student's; against itself the paired error says nothing."""
+    return {
+        **compare(banks.test.teacher_x_0, banks.test, banks.reference, judge),
+        "paired_mse": None,
+    }
 
 
-def _ledger(
-    teacher: Teacher, model: ReDiFPPO, banks: _Banks, searched: int
-) -> dict[str, int]:
+def _ledger(teacher: Teacher, model: ReDiFPPO, banks: _Banks, searched: int) -> dict[str, int]:
     """Network-forward equivalents: 1 a row sent forward, 3 forward and back."""
     asked = (len(banks.train) + len(banks.validation)) * teacher.num_steps * teacher.denoiser.nfe
     policy: Any = model.policy

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+from stable_baselines3.common.distributions import Distribution
+from torch import Tensor, nn
+
 from redif_env import transition
 from redif_env.noise import NoiseSchedule
 from redif_env.transition import Gaussian
-from stable_baselines3.common.distributions import Distribution
-from torch import Tensor, nn
 
 
 class KernelDistribution(Distribution):
@@ -61,6 +63,13 @@ class KernelDistribution(Distribution):
     def sample(self) -> Tensor:
         """Explore: actions `(N, D)`."""
         return transition.sample(self.gaussian).flatten(1)
+
+    def sample_antithetic(self) -> Tensor:
+        """Explore in pairs: rows 2i and 2i + 1 get opposite noise. Actions `(N, D)`, N even."""
+        mean, std = self.gaussian
+        half = torch.randn_like(mean[::2])
+        noise = torch.stack([half, -half], 1).flatten(0, 1)
+        return (mean + std * noise).flatten(1)
 
     def mode(self) -> Tensor:
         """The deployed step, `(N, D)`: eta = 0 and no floor, whatever the exploration."""

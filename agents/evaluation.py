@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 
 import torch
-from redif_env.errors import TeacherFolderError
-from redif_env.teacher import TeacherBank
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
+
+from redif_env.errors import TeacherFolderError
+from redif_env.teacher import TeacherBank
 
 JUDGE_FOLDER = "judge"
 

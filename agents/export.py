@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DPMSolverMultistepScheduler
+from torch import Tensor
+
 from redif_env.denoiser import Denoiser
 from redif_env.errors import InvalidArgumentError
 from redif_env.loading import METADATA
 from redif_env.schedules import explicit
-from torch import Tensor
 
 SNIPPET = """\
 import json, torch
 from diffusers import DPMSolverMultistepScheduler, UNet2DModel
 info = json.load(open("redif.json"))
-unet, scheduler = UNet2DModel.from_pretrained("unet"), DPMSolverMultistepScheduler.from_pretrained("scheduler")
+unet = UNet2DModel.from_pretrained("unet")
+scheduler = DPMSolverMultistepScheduler.from_pretrained("scheduler")
 scheduler.set_timesteps(timesteps=info["timesteps"])
 x = torch.randn(10, {shape}, generator=torch.Generator().manual_seed(0))
 {labels}
@@ -29,7 +31,9 @@ for t in scheduler.timesteps:
 """
 
 LABELS = "labels = torch.arange(10) % info['num_classes']"
-LABELS_GUIDED = LABELS + "; null = torch.full((10,), info['null_class']); w = info['guidance_scale']"
+LABELS_GUIDED = (
+    LABELS + "; w = info['guidance_scale']; null = torch.full((10,), info['null_class'])"
+)
 PLAIN = "unet(x, t{labels}).sample"
 GUIDED = (
     "(1 - w) * unet(x, t, class_labels=null).sample + w * unet(x, t, class_labels=labels).sample"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from redif_env.transition import Gaussian
 from torch import Tensor
+
+from redif_env.transition import Gaussian
 
 RATIOS = ("element", "mean", "sum")
 
@@ -67,7 +68,7 @@ def approximate_kl(log_ratio: Tensor) -> Tensor:
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float | None
 ) -> Tensor:
-    """Mean squared error of the critic, `(B,)` each; its change clipped unless `clip_range` is None."""
+    """Mean squared error of the critic, all `(B,)`; `clip_range` limits its change."""
     if clip_range is not None:
         values = old_values + (values - old_values).clamp(-clip_range, clip_range)
     return torch.nn.functional.mse_loss(returns, values)

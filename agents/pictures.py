@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from redif_env.rendering import to_rgb
 from torch import Tensor
+
+from redif_env.rendering import to_rgb
 
 NUM_COLUMNS = 10
 

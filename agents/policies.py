@@ -10,15 +10,16 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import torch
 from gymnasium import spaces
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.type_aliases import Schedule
+from torch import Tensor, nn
+
 from redif_env.denoiser import Denoiser
 from redif_env.errors import InvalidArgumentError, check_choice, check_number
 from redif_env.loading import build_from_description, load_denoiser
 from redif_env.schedules import explicit
 from redif_env.transition import EXPLORATION_MEANS, Gaussian
-from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
-from stable_baselines3.common.type_aliases import Schedule
-from torch import Tensor, nn
 
 from .distributions import KernelDistribution
 
@@ -176,10 +177,24 @@ class StudentPolicy(ActorCriticPolicy):
         """Steps of the grid."""
         return len(self.timesteps) - 1
 
-    def explore(self, obs: Mapping[str, Tensor]) -> Exploration:
-        """Draw actions for a rollout."""
+    def explore(
+        self,
+        obs: Mapping[str, Tensor],
+        rows: Tensor | None = None,
+        antithetic: bool = False,
+    ) -> Exploration:
+        """Draw actions for a rollout.
+
+        Args:
+            obs: Observations of N rows.
+            rows: Which rows explore, bool `(N,)`; the others take the deployed step. None: all.
+            antithetic: Whether neighbours explore with opposite noise.
+        """
         distribution = self.get_distribution(obs)
-        return Exploration(distribution.sample(), self._values(obs), distribution.gaussian)
+        actions = distribution.sample_antithetic() if antithetic else distribution.sample()
+        if rows is not None:
+            actions = torch.where(rows.unsqueeze(1), actions, distribution.mode())
+        return Exploration(actions, self._values(obs), distribution.gaussian)
 
     def means(self, obs: Mapping[str, Tensor]) -> Tensor:
         """Means of the exploring Gaussians, `(N, *latent_shape)`, with gradients."""
@@ -272,7 +287,7 @@ def make_student(source: StudentSource) -> Denoiser:
 
 
 def _num_classes(observation_space: spaces.Dict) -> int:
-    return int(observation_space["condition"].n) if "condition" in observation_space.keys() else 0
+    return int(observation_space["condition"].n) if "condition" in observation_space.spaces else 0
 
 
 def _check_spaces(observation_space: Any, action_space: Any, denoiser: Denoiser) -> None:

@@ -8,11 +8,6 @@ from typing import Any
 
 import torch
 from gymnasium.vector import VectorEnv
-from redif_env import transition
-from redif_env.env import ReDiFEnv
-from redif_env.errors import InvalidArgumentError, ReDiFError, check_choice, check_number
-from redif_env.loading import describe
-from redif_env.vector_env import ReDiFVectorEnv
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
@@ -21,6 +16,12 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
+from redif_env import transition
+from redif_env.env import ReDiFEnv
+from redif_env.errors import InvalidArgumentError, ReDiFError, check_choice, check_number
+from redif_env.loading import describe
+from redif_env.vector_env import ReDiFVectorEnv
+
 from . import losses
 from .buffers import RolloutBatch, TorchRolloutBuffer
 from .policies import StudentPolicy
@@ -28,6 +29,7 @@ from .vec_env import TorchVecEnv
 
 ADVANTAGES = ("group", "gae")
 CREDITS = ("local", "global")
+STOCHASTIC_STEPS = ("all", "one")
 # Root-mean-square log-ratio an element before the first update. float32 on different batch sizes
 # gives about 1e-5; active dropout, another guidance scale or mixed dtypes give 0.1 and more.
 RATIO_TOLERANCE = 1e-2
@@ -60,6 +62,11 @@ class ReDiFPPO(PPO):
             `group_size` must be at least 2); `"gae"`: relative to a critic.
         credit: `"local"`: each element is credited with the reward of its own place, from the
             reward's map; `"global"`: all with the whole reward.
+        stochastic_steps: `"all"`, or `"one"`: a single random step of each trajectory explores (the
+            same one in a group), so that all of the return's variance belongs to it; only that
+            step is trained on. Default: `"one"` with groups, else `"all"`.
+        antithetic: Whether neighbours in a group explore with opposite noise, which cancels the
+            even orders of the reward's change. Needs groups of even size. Default: with groups.
         eta: Noise factor while exploring; number or function of the remaining progress.
         min_std: Smallest exploration std, in latent units; likewise.
         ema_decay: Of the student's moving average, an iteration.
@@ -101,6 +108,8 @@ class ReDiFPPO(PPO):
         ratio: str = "element",
         advantage: str = "group",
         credit: str = "local",
+        stochastic_steps: str | None = None,
+        antithetic: bool | None = None,
         eta: float | Schedule = 0.1,
         min_std: float | Schedule = 0.02,
         ema_decay: float = 0.95,
@@ -118,9 +127,15 @@ class ReDiFPPO(PPO):
         self.ratio = check_choice("ratio", ratio, losses.RATIOS)
         self.advantage = check_choice("advantage", advantage, ADVANTAGES)
         self.credit = check_choice("credit", credit, CREDITS)
+        grouped = advantage == "group"
+        if stochastic_steps is None:
+            stochastic_steps = "one" if grouped else "all"
+        self.stochastic_steps = check_choice("stochastic_steps", stochastic_steps, STOCHASTIC_STEPS)
+        self.antithetic = grouped if antithetic is None else antithetic
         self.eta = eta
         self.min_std = min_std
         self.rows_trained = 0
+        self._explored_step: Tensor
         self.ema_decay = check_number("ema_decay", ema_decay, 0, 1)
         if credit == "local" and ratio != "element":
             raise InvalidArgumentError("ratio", ratio, "credit='local' needs ratio='element'.")
@@ -187,7 +202,7 @@ class ReDiFPPO(PPO):
             raise InvalidArgumentError(
                 "env",
                 type(self.env).__name__,
-                "StudentPolicy needs a ReDiF vector environment or a TorchVecEnv, without wrappers.",
+                "StudentPolicy needs a ReDiF vector environment or TorchVecEnv, without wrappers.",
             )
         if env is None:
             return
@@ -195,6 +210,7 @@ class ReDiFPPO(PPO):
         self.rollout_buffer_kwargs = {
             "advantage": self.advantage,
             "credit": self.credit,
+            "stochastic_steps": self.stochastic_steps,
             "seed": self.seed or 0,
             **self.rollout_buffer_kwargs,
         }
@@ -208,7 +224,7 @@ class ReDiFPPO(PPO):
         for name, wanted in (("ratio", "sum"), ("advantage", "gae"), ("credit", "global")):
             if getattr(self, name) != wanted:
                 raise InvalidArgumentError(
-                    name, getattr(self, name), f"pass {wanted!r} with a policy other than StudentPolicy."
+                    name, getattr(self, name), f"pass {wanted!r}: only StudentPolicy takes others."
                 )
 
     def _configure_student(self, base: Any) -> None:
@@ -227,6 +243,11 @@ class ReDiFPPO(PPO):
             defaults["timesteps"] = base.timesteps.tolist()
             if "student" not in self.policy_kwargs:
                 defaults["student"] = describe(base.teacher.denoiser, base.teacher.make_solver())
+        for name, plain in (("stochastic_steps", "all"), ("antithetic", False)):
+            if self.advantage == "gae" and getattr(self, name) != plain:
+                raise InvalidArgumentError(
+                    name, getattr(self, name), f"pass {plain!r}: it needs advantage='group'."
+                )
         defaults["eta"], defaults["min_std"] = _at(self.eta, 1.0), _at(self.min_std, 1.0)
         self._copies_teacher = "student" in defaults
         self.policy_kwargs = {**defaults, **self.policy_kwargs}
@@ -240,7 +261,7 @@ class ReDiFPPO(PPO):
             )
         if getattr(base, "timesteps", None) is None:
             raise InvalidArgumentError(
-                "schedule", "free", "advantage='group' needs episodes of one length: fix the schedule."
+                "schedule", "free", "advantage='group' needs episodes of one length; fix it."
             )
         if self.n_steps % length:
             raise InvalidArgumentError(
@@ -249,6 +270,10 @@ class ReDiFPPO(PPO):
         if self.credit == "local" and not base.process.reward.has_map:
             raise InvalidArgumentError(
                 "credit", "local", f"reward {base.process.reward.name!r} has no map: pass 'global'."
+            )
+        if self.antithetic and group_size % 2:
+            raise InvalidArgumentError(
+                "group_size", group_size, "antithetic=True needs groups of even size."
             )
         self.rollout_buffer_kwargs.update(group_size=group_size, episode_length=length)
 
@@ -277,7 +302,7 @@ class ReDiFPPO(PPO):
         for _ in range(n_rollout_steps):
             observation, starts = self._last_obs, self._last_episode_starts
             with torch.no_grad():
-                actions, record = self._act(observation)  # type: ignore[arg-type]
+                actions, record = self._act(observation, rollout_buffer)  # type: ignore[arg-type]
                 clipped = actions.clamp(low, high)
                 self._last_obs, rewards, dones, infos = env.step_tensor(clipped)  # type: ignore[assignment]
             self.num_timesteps += env.num_envs
@@ -365,7 +390,8 @@ class ReDiFPPO(PPO):
         self, batch: RolloutBatch
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         policy = self.policy
-        assert batch.old is not None and isinstance(policy, StudentPolicy)
+        assert batch.old is not None
+        assert isinstance(policy, StudentPolicy)
         mean = policy.means(batch.observations)
         x_s = batch.actions.reshape(mean.shape)
         log_ratio_map = transition.log_ratio_map(x_s, mean, batch.old).flatten(1)
@@ -424,13 +450,26 @@ class ReDiFPPO(PPO):
             self.policy.eta = _at(self.eta, self._current_progress_remaining)
             self.policy.min_std = _at(self.min_std, self._current_progress_remaining)
 
-    def _act(self, observation: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
+    def _act(
+        self, observation: Mapping[str, Tensor], buffer: TorchRolloutBuffer
+    ) -> tuple[Tensor, dict[str, Any]]:
         """Actions `(N, A)`, and what the buffer keeps beside them."""
         if isinstance(self.policy, StudentPolicy):
-            actions, values, gaussian = self.policy.explore(observation)
+            rows = self._exploring_rows(buffer) if self.stochastic_steps == "one" else None
+            actions, values, gaussian = self.policy.explore(observation, rows, self.antithetic)
             return actions, {"values": values, "gaussian": gaussian}
         actions, values, log_prob = self.policy(observation)
         return actions, {"values": values, "log_prob": log_prob}
+
+    def _exploring_rows(self, buffer: TorchRolloutBuffer) -> Tensor:
+        """The rows whose one stochastic step is the current one, bool `(N,)`."""
+        step = buffer.pos % buffer.episode_length
+        if step == 0:
+            groups = self.n_envs // buffer.group_size
+            drawn = torch.randint(buffer.episode_length, (groups,), device=buffer.device)
+            self._explored_step = drawn.repeat_interleave(buffer.group_size)
+            buffer.add_explored_step(self._explored_step)
+        return self._explored_step == step
 
     def _action_bounds(self, device: torch.device) -> tuple[Tensor, Tensor]:
         space: Any = self.action_space
@@ -468,7 +507,12 @@ class ReDiFPPO(PPO):
         return result
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_last_obs", "_last_episode_starts"]
+        return [
+            *super()._excluded_save_params(),
+            "_last_obs",
+            "_last_episode_starts",
+            "_explored_step",
+        ]
 
 
 class _EpisodeStatistics:

@@ -14,9 +14,10 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
-from redif_env.errors import InvalidArgumentError
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
+
+from redif_env.errors import InvalidArgumentError
 
 TensorObs = dict[str, Tensor]
 

@@ -1,0 +1,1 @@
+"""Scripts; each has an importable `main(args)`."""

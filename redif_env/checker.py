@@ -55,7 +55,9 @@ def _require(condition: bool, problem: str) -> None:
 def _check_declaration(env: VectorEnv) -> None:
     _require(isinstance(env, VectorEnv), f"{type(env).__name__} is not a gymnasium VectorEnv")
     mode = env.metadata.get("autoreset_mode")
-    _require(mode == AutoresetMode.SAME_STEP, f"metadata['autoreset_mode'] is {mode}, not SAME_STEP")
+    _require(
+        mode == AutoresetMode.SAME_STEP, f"metadata['autoreset_mode'] is {mode}, not SAME_STEP"
+    )
     for name in ("single_observation_space", "single_action_space", "action_space", "num_envs"):
         _require(getattr(env, name, None) is not None, f"the environment has no {name}")
     action_space = env.single_action_space

@@ -92,7 +92,9 @@ class Denoiser(nn.Module):
         if self.nfe == 1:
             return self._call(x_t, t, condition)
         if condition is None:
-            raise InvalidArgumentError("condition", None, "guidance needs a condition for each row.")
+            raise InvalidArgumentError(
+                "condition", None, "guidance needs a condition for each row."
+            )
         null = torch.full_like(condition, self.null_class)
         both = self._call(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([null, condition]))
         uncond, cond = both.chunk(2)
@@ -106,18 +108,14 @@ class Denoiser(nn.Module):
 
     def initial_noise(self, num: int, generator: torch.Generator) -> Tensor:
         """Draw `num` rows of `x_T`, float32 `(num, *latent_shape)`, on the generator's device."""
-        noise = torch.randn(
-            (num, *self.latent_shape), generator=generator, device=generator.device
-        )
+        noise = torch.randn((num, *self.latent_shape), generator=generator, device=generator.device)
         return self.schedule.initial_std * noise
 
     def initial_condition(self, num: int, generator: torch.Generator) -> Tensor | None:
         """Draw `num` classes uniformly, int64 `(num,)`; None for an unconditional network."""
         if self.num_classes is None:
             return None
-        return torch.randint(
-            self.num_classes, (num,), generator=generator, device=generator.device
-        )
+        return torch.randint(self.num_classes, (num,), generator=generator, device=generator.device)
 
     def _call(self, x_t: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
         output = self.network(x_t, t) if condition is None else self.network(x_t, t, condition)

@@ -48,9 +48,7 @@ class ReDiFEnv(gym.Env[Observation, np.ndarray]):
         self._ended, self._shown = False, self._env.state
         return _numpy(observation), {}
 
-    def step(
-        self, action: np.ndarray
-    ) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+    def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Take one step; see `ReDiFVectorEnv.step`.
 
         Raises:

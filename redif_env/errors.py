@@ -65,7 +65,7 @@ def check_integer(argument: str, value: object, minimum: int) -> int:
 def check_number(
     argument: str, value: object, minimum: float = 0.0, maximum: float = float("inf")
 ) -> float:
-    """Return `value` as a float; raise `InvalidArgumentError` unless minimum <= value <= maximum and finite."""
+    """Return `value` as a finite float in [minimum, maximum], or raise `InvalidArgumentError`."""
     try:
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):

@@ -58,7 +58,7 @@ class VPSchedule(NoiseSchedule):
     Defined at whole timesteps, :math:`\alpha_t = \sqrt{\bar\alpha_t}` (Ho et al. 2020, eq. 4).
 
     Args:
-        alpha_bar: Cumulative products, float `(T,)`, as in a diffusers scheduler's `alphas_cumprod`.
+        alpha_bar: Cumulative products, float `(T,)`: a diffusers scheduler's `alphas_cumprod`.
     """
 
     def __init__(self, alpha_bar: Tensor) -> None:
@@ -96,7 +96,8 @@ class VESchedule(NoiseSchedule):
     r"""Variance exploding (EDM): alpha = 1, and sigma follows Karras et al. 2022, eq. 5.
 
     .. math:: \sigma(t) = \left(\sigma_{min}^{1/\rho}
-        + \tfrac{t}{T} (\sigma_{max}^{1/\rho} - \sigma_{min}^{1/\rho})\right)^\rho, \quad \sigma(0) = 0.
+        + \tfrac{t}{T} (\sigma_{max}^{1/\rho} - \sigma_{min}^{1/\rho})\right)^\rho,
+        \quad \sigma(0) = 0.
     """
 
     def __init__(
@@ -126,7 +127,7 @@ class VESchedule(NoiseSchedule):
 
 
 class FlowSchedule(NoiseSchedule):
-    """Flow matching, or rectified flow: alpha = 1 - t/T, sigma = t/T (Lipman et al. 2023, eq. 20)."""
+    """Flow matching: alpha = 1 - t/T, sigma = t/T (Lipman et al. 2023, eq. 20)."""
 
     def __init__(self, num_train_timesteps: int = 1000) -> None:
         super().__init__(num_train_timesteps)

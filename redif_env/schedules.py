@@ -6,6 +6,7 @@ to 0, the data.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -22,7 +23,9 @@ GRID_NAMES = ("uniform", "karras")
 KARRAS_SIGMA_MAX = 80.0  # Karras et al. 2022, table 1; a VP schedule's own may be 20,000
 
 
-def make_grid(spec: str | Sequence[float] | Tensor, schedule: NoiseSchedule, num_steps: int) -> Tensor:
+def make_grid(
+    spec: str | Sequence[float] | Tensor, schedule: NoiseSchedule, num_steps: int
+) -> Tensor:
     """The grid that `spec` stands for.
 
     Args:
@@ -113,7 +116,7 @@ def sample(denoiser: Denoiser, x_T: Tensor, condition: Tensor | None, grid: Tens
     """
     x_t = x_T
     times = grid.to(x_T).unsqueeze(1).expand(-1, len(x_T))
-    for t, s in zip(times[:-1], times[1:], strict=True):
+    for t, s in itertools.pairwise(times):
         x_t = transition.step(denoiser.schedule, x_t, denoiser(x_t, t, condition), t, s).mean
     return x_t
 
@@ -158,7 +161,9 @@ def search(denoiser: Denoiser, bank: TeacherBank, num_steps: int, rounds: int = 
         for _ in range(rounds):
             before = cost(best)
             for index in range(num_steps):
-                best = min((_moved(schedule, best, index, d) for d in (0, -stride, stride)), key=cost)
+                best = min(
+                    (_moved(schedule, best, index, d) for d in (0, -stride, stride)), key=cost
+                )
             if cost(best) == before:
                 break
         stride /= 2

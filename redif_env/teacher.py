@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .denoiser import Denoiser
-from .errors import CacheError, InvalidArgumentError, check_choice, check_integer
+from .errors import CacheError, check_choice, check_integer
 
 # Independent streams of noise: each split adds its own constant to the seed's hash.
 SPLITS = ("train", "validation", "test")
@@ -83,9 +83,11 @@ class Teacher:
         """Hex digest of all that the answers depend on: weights, guidance, solver, steps."""
         solver = self.make_solver()
         digest = hashlib.sha256()
+        # Private entries of a config depend on how it was loaded, and their order on the process.
+        config = {name: value for name, value in solver.config.items() if name[0] != "_"}
         settings = [
             type(solver).__name__,
-            dict(solver.config),
+            config,
             self.num_steps,
             self.denoiser.guidance_scale,
             self.denoiser.prediction_type,
@@ -242,14 +244,11 @@ def _digest(tensors: dict[str, Tensor]) -> str:
 
 
 @contextlib.contextmanager
-def _cache_errors(path: Path):  # type: ignore[no-untyped-def]
+def _cache_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
         raise CacheError(
-            f"cache_dir={str(path.parent)!r}: the teacher bank could not be stored there ({error}). "
+            f"cache_dir={str(path.parent)!r}: the bank could not be stored there ({error}). "
             f"Free some space, or point {CACHE_VARIABLE} or cache_dir at a writable folder."
         ) from error
-
-
-__all__ = ["CACHE_VARIABLE", "SPLITS", "InvalidArgumentError", "Teacher", "TeacherBank", "cache_folder", "split_seed"]

@@ -4,7 +4,8 @@ For any schedule (Song et al. 2021, eq. 12 and 16, written in alpha and sigma):
 
 .. math::
     \mathrm{std}_{max} &= \frac{\sigma_s}{\sigma_t}
-        \sqrt{\sigma_t^2 - (\alpha_t / \alpha_s)^2 \sigma_s^2}, \qquad \mathrm{std} = \eta\,\mathrm{std}_{max} \\
+        \sqrt{\sigma_t^2 - (\alpha_t / \alpha_s)^2 \sigma_s^2},
+        \qquad \mathrm{std} = \eta\,\mathrm{std}_{max} \\
     \mathrm{mean} &= \alpha_s \hat x_0 + \sqrt{\sigma_s^2 - \mathrm{std}^2}\,\hat\epsilon
 
 VP schedules give DDIM(eta) and, at eta = 1, DDPM; VE schedules give EDM's ancestral step.

@@ -135,7 +135,9 @@ class ReDiFVectorEnv(VectorEnv):
         self.group_size = check_integer("group_size", group_size, 1)
         if self.num_envs % self.group_size:
             raise InvalidArgumentError(
-                "group_size", group_size, f"pass a divisor of {num_envs=}, so that groups are whole."
+                "group_size",
+                group_size,
+                f"pass a divisor of {num_envs=}, so that groups are whole.",
             )
         if render_mode not in (None, "rgb_array"):
             raise InvalidArgumentError("render_mode", render_mode, "pass 'rgb_array' or None.")
@@ -347,7 +349,7 @@ class ReDiFVectorEnv(VectorEnv):
         bad, outside = self._bad_action.unbind()
         if bool(bad):
             raise InvalidActionError(
-                "actions", "NaN or infinity", "pass finite values; check the policy's learning rate."
+                "actions", "NaN or infinity", "pass finite values; lower the learning rate."
             )
         if bool(outside):
             raise InvalidActionError(
@@ -425,7 +427,9 @@ def _as_teacher(teacher: str | Path | Teacher, device: str | torch.device | None
         )
     if device is not None and torch.device(_check_device(device)).type != teacher.device.type:
         raise InvalidArgumentError(
-            "device", device, f"the teacher is on {teacher.device}; move it with teacher.to(device)."
+            "device",
+            device,
+            f"the teacher is on {teacher.device}; move it with teacher.to(device).",
         )
     return teacher
 

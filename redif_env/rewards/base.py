@@ -42,8 +42,8 @@ class Reward(ABC):
         """
 
     def reward_map(self, x_0: Tensor, teacher_x_0: Tensor, condition: Tensor | None) -> Tensor:
-        """The reward of each element, float `(N, *latent_shape)`; its mean over a row is the reward."""
-        raise InvalidArgumentError("reward", self.name, "this reward has no map; use credit='global'.")
+        """The reward of each element, float `(N, *latent_shape)`; its mean is the reward."""
+        raise InvalidArgumentError("reward", self.name, "it has no map: use credit='global'.")
 
     def __add__(self, other: Reward) -> Reward:
         return WeightedSum([*_terms(self), *_terms(other)])
