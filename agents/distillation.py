@@ -160,7 +160,7 @@ def distill(
     )
     if folder is not None:
         _start_folder(folder, arguments, timesteps)
-    model.set_logger(configure(folder and str(folder), ["tensorboard"] if folder else []))
+    model.set_logger(configure(str(folder) if folder else None, ["tensorboard"] if folder else []))
     held_out = HeldOutEvaluation(banks.validation, eval_every)
     callbacks: list[BaseCallback] = [held_out, *([ProgressBar(iterations)] if progress else [])]
     training_started = time.monotonic()
@@ -249,7 +249,7 @@ def _sample(denoiser: Denoiser, grid: Tensor, bank: TeacherBank) -> Tensor:
 
 
 def _floor(banks: _Banks, judge: Judge | None) -> dict[str, float | None]:
-    """The teacher's answers, judged as a student's; against itself the paired error says nothing."""
+    """The teacher's answers, judged as a student's; paired with itself it has no error."""
     return {
         **compare(banks.test.teacher_x_0, banks.test, banks.reference, judge),
         "paired_mse": None,

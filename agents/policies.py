@@ -101,7 +101,8 @@ class StudentPolicy(ActorCriticPolicy):
         critic: Whether to build a value network.
         critic_width: Hidden units of the value network.
         critic_lr_scale: Its learning rate, as a multiple of the actor's.
-        optimizer_class, optimizer_kwargs, use_sde: as in Stable-Baselines3; `use_sde` must be False.
+        optimizer_class, optimizer_kwargs: as in Stable-Baselines3.
+        use_sde: Must be False.
 
     Attributes:
         denoiser: The student that is trained; always in evaluation mode, so that dropout can not
@@ -234,8 +235,8 @@ class StudentPolicy(ActorCriticPolicy):
     @torch.no_grad()
     def update_ema(self, decay: float) -> None:
         """Move the averaged weights a share `1 - decay` towards the trained ones."""
-        averaged = list(self.ema_denoiser.network.parameters())
-        trained = list(self.denoiser.network.parameters())
+        averaged: list[Tensor] = list(self.ema_denoiser.network.parameters())
+        trained: list[Tensor] = list(self.denoiser.network.parameters())
         torch._foreach_lerp_(averaged, trained, 1 - decay)
 
     def load_student(self, state: Mapping[str, Tensor]) -> None:
@@ -287,7 +288,8 @@ def make_student(source: StudentSource) -> Denoiser:
 
 
 def _num_classes(observation_space: spaces.Dict) -> int:
-    return int(observation_space["condition"].n) if "condition" in observation_space.spaces else 0
+    condition = observation_space.spaces.get("condition")
+    return int(condition.n) if isinstance(condition, spaces.Discrete) else 0
 
 
 def _check_spaces(observation_space: Any, action_space: Any, denoiser: Denoiser) -> None:

@@ -11,7 +11,7 @@ from gymnasium.vector import VectorEnv
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
@@ -90,7 +90,7 @@ class ReDiFPPO(PPO):
 
     def __init__(
         self,
-        policy: str | type[BasePolicy],
+        policy: str | type[ActorCriticPolicy],
         env: GymEnv | VectorEnv | str | None,
         learning_rate: float | Schedule = 1e-4,
         n_steps: int | None = None,
@@ -152,7 +152,7 @@ class ReDiFPPO(PPO):
             policy,
             env,  # type: ignore[arg-type]
             learning_rate=learning_rate,
-            n_steps=n_steps or getattr(native and native.env.unwrapped, "max_steps", 2048),
+            n_steps=n_steps or int(getattr(native and native.env.unwrapped, "max_steps", 2048)),
             batch_size=batch_size,
             n_epochs=n_epochs,
             gamma=gamma,
@@ -425,8 +425,8 @@ class ReDiFPPO(PPO):
         value = float(error)
         if not value <= RATIO_TOLERANCE:
             raise RatioError(
-                f"before the first update the root-mean-square log-ratio is {value:.3g}, not 0: the "
-                "update does not see the policy that acted. Usual causes: dropout or batch "
+                f"before the first update the root-mean-square log-ratio is {value:.3g}, not 0: "
+                "the update does not see the policy that acted. Usual causes: dropout or batch "
                 "normalisation in training mode, another dtype or autocast in the update than in "
                 "the rollout, another guidance scale, or weights changed by a callback."
             )

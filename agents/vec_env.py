@@ -79,7 +79,7 @@ class TorchVecEnv(VecEnv):
         self.last_observation = observation
         return observation, rewards, terminations | truncations, infos
 
-    def reset(self) -> dict[str, np.ndarray]:  # type: ignore[override]
+    def reset(self) -> dict[str, np.ndarray]:
         return _numpy(self.reset_tensor())
 
     def step_async(self, actions: np.ndarray) -> None:

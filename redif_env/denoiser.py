@@ -66,8 +66,8 @@ class Denoiser(nn.Module):
             raise InvalidArgumentError(
                 "prediction_type",
                 prediction_type,
-                "alpha is 0 at the noisiest time, where an epsilon prediction carries no x_0: use a "
-                "schedule without zero terminal SNR, or a v_prediction or sample network.",
+                "alpha is 0 at the noisiest time, where an epsilon prediction carries no x_0: use "
+                "a schedule without zero terminal SNR, or a v_prediction or sample network.",
             )
 
     @property
@@ -91,7 +91,7 @@ class Denoiser(nn.Module):
         self.network_evaluations += self.nfe * len(x_t)
         if self.nfe == 1:
             return self._call(x_t, t, condition)
-        if condition is None:
+        if condition is None or self.null_class is None:
             raise InvalidArgumentError(
                 "condition", None, "guidance needs a condition for each row."
             )

@@ -72,7 +72,7 @@ class ReDiFEnv(gym.Env[Observation, np.ndarray]):
             info["reward_map"] = infos["reward_map"][0].cpu().numpy().copy()
         return _numpy(infos["final_obs"]), float(reward[0]), True, False, info
 
-    def render(self) -> np.ndarray | None:  # type: ignore[override]
+    def render(self) -> np.ndarray | None:
         """The latent, the predicted data and the teacher's answer; uint8 `(height, width, 3)`."""
         if self.render_mode is None:
             gym.logger.warn("render() needs render_mode='rgb_array'.")

@@ -57,9 +57,9 @@ def _shorten(text: str, limit: int = 200) -> str:
 
 def check_integer(argument: str, value: object, minimum: int) -> int:
     """Return `value` as an int; raise `InvalidArgumentError` unless it is an integer >= minimum."""
-    if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < minimum:  # type: ignore[call-overload]
+    if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < minimum:
         raise InvalidArgumentError(argument, value, f"pass an integer of at least {minimum}.")
-    return int(value)  # type: ignore[call-overload, no-any-return]
+    return int(value)
 
 
 def check_number(

@@ -127,9 +127,20 @@ def load_teacher(
 
 
 def describe(denoiser: Denoiser, scheduler: SchedulerMixin) -> dict[str, Any]:
-    """Plain data from which `build_from_description` makes the same architecture again."""
+    """Plain data from which `build_from_description` makes the same architecture again.
+
+    Raises:
+        InvalidArgumentError: if the network is not a diffusers UNet2DModel.
+    """
+    network = denoiser.network
+    if not isinstance(network, UNet2DModel):
+        raise InvalidArgumentError(
+            "student",
+            type(network).__name__,
+            "pass policy_kwargs={'student': function} with a function that makes the denoiser.",
+        )
     return {
-        "network": {key: value for key, value in denoiser.network.config.items() if key[0] != "_"},
+        "network": {key: value for key, value in network.config.items() if key[0] != "_"},
         "scheduler": [type(scheduler).__name__, dict(scheduler.config)],
         "num_classes": denoiser.num_classes,
         "null_class": denoiser.null_class,

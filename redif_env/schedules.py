@@ -61,7 +61,7 @@ def uniform(schedule: NoiseSchedule, num_steps: int) -> Tensor:
 
 
 def karras(schedule: NoiseSchedule, num_steps: int, rho: float = 7.0) -> Tensor:
-    """Times whose sigma/alpha follow Karras et al. 2022, eq. 5, from at most 80 down to the data."""
+    """Times whose sigma/alpha follow Karras et al. 2022, eq. 5, from at most 80 to the data."""
     times = schedule.snap(torch.arange(1.0, schedule.max_timestep + 1))
     ratio = (schedule.sigma(times) / schedule.alpha(times)).double()
     high = min(KARRAS_SIGMA_MAX, float(ratio[-1])) ** (1 / rho)

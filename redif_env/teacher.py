@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +95,7 @@ class Teacher:
             self.denoiser.null_class,
         ]
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-        for name, tensor in sorted(self.denoiser.network.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        _update(digest, self.denoiser.network.state_dict())
         return digest.hexdigest()
 
 
@@ -237,10 +235,16 @@ def _write(path: Path, bank: TeacherBank, key: str) -> None:
 
 def _digest(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
+    _update(digest, tensors)
+    return digest.hexdigest()
+
+
+def _update(digest: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Feed names, dtypes, shapes and bytes to a digest; bytes, because numpy has no bfloat16."""
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().numpy())
-    return digest.hexdigest()
+        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(data.numpy().tobytes())
 
 
 @contextlib.contextmanager

@@ -112,7 +112,7 @@ def sample(gaussian: Gaussian, generator: torch.Generator | None = None) -> Tens
 
 
 def log_prob_map(x_s: Tensor, gaussian: Gaussian) -> Tensor:
-    """Log-density of each element of `x_s`, `(N, ...)`; its sum over a row is the row's log-prob."""
+    """Log-density of each element of `x_s`, `(N, ...)`; a row's sum is its log-prob."""
     mean, std = gaussian
     return -((x_s - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
 

@@ -17,6 +17,7 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from . import mdp, rendering, schedules
+from .denoiser import Denoiser
 from .errors import (
     InvalidActionError,
     InvalidArgumentError,
@@ -26,6 +27,7 @@ from .errors import (
     check_number,
 )
 from .loading import load_teacher
+from .noise import NoiseSchedule, expand
 from .rewards import Reward, make_reward
 from .teacher import SPLITS, Teacher, TeacherBank
 
@@ -144,7 +146,7 @@ class ReDiFVectorEnv(VectorEnv):
         self.render_mode = render_mode
         check_choice("action_type", action_type, mdp.ACTION_TYPES)
         check_choice("split", split, SPLITS)
-        self._bank_options = {
+        self._bank_options: dict[str, Any] = {
             "size": check_integer("bank_size", bank_size, 1),
             "split": split,
             "seed": check_integer("bank_seed", bank_seed, 0),
@@ -277,8 +279,7 @@ class ReDiFVectorEnv(VectorEnv):
     def draw(self, state: mdp.EnvState) -> np.ndarray:
         """Pictures of a state, uint8 `(N, height, width, 3)`."""
         x0_pred = self.teacher.denoiser(state.x_t, state.t.clamp_min(1), state.condition)
-        ended = state.t.reshape(-1, *[1] * (state.x_t.ndim - 1)) <= 0
-        x0_pred = torch.where(ended, state.x_t, x0_pred)
+        x0_pred = torch.where(expand(state.t <= 0, state.x_t), state.x_t, x0_pred)
         return rendering.frames(state.x_t, x0_pred, state.teacher_x_0)
 
     def _make_spaces(self) -> None:
@@ -391,13 +392,12 @@ class ReDiFVectorEnv(VectorEnv):
         if self.process.timesteps is not None:
             return fresh
 
-        def choose(new: Tensor | None, old: Tensor | None) -> Tensor | None:
-            if new is None or old is None:
-                return None
-            return torch.where(ended.reshape(-1, *[1] * (new.ndim - 1)), new, old)
-
-        fields = (field.name for field in dataclasses.fields(state))
-        return mdp.EnvState(**{f: choose(getattr(fresh, f), getattr(state, f)) for f in fields})
+        changed = {
+            field.name: torch.where(expand(ended, new), new, getattr(state, field.name))
+            for field in dataclasses.fields(state)
+            if (new := getattr(fresh, field.name)) is not None
+        }
+        return dataclasses.replace(state, **changed)
 
 
 def task_hash(number: Tensor, seed: int) -> Tensor:
@@ -446,7 +446,7 @@ def _check_device(device: str | torch.device) -> torch.device:
 
 
 def _resolve_schedule(
-    spec: str | Sequence[float] | Tensor, noise: Any, num_steps: int | None
+    spec: str | Sequence[float] | Tensor, noise: NoiseSchedule, num_steps: int | None
 ) -> tuple[Tensor | None, int]:
     """The grid (None when free) and the number of steps."""
     if num_steps is not None:
@@ -458,7 +458,7 @@ def _resolve_schedule(
     return (None if spec == FREE else schedules.make_grid(spec, noise, steps)), steps
 
 
-def _check_bank(bank: TeacherBank, denoiser: Any) -> TeacherBank:
+def _check_bank(bank: TeacherBank, denoiser: Denoiser) -> TeacherBank:
     shape = tuple(bank.x_T.shape[1:])
     if not len(bank) or shape != denoiser.latent_shape or bank.teacher_x_0.shape != bank.x_T.shape:
         raise InvalidArgumentError(

@@ -1,0 +1,45 @@
+# Every target sets itself up: .venv is made on first use and renewed when its inputs change.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup distill test test-slow lint format teacher bench clean
+
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $(READY)
+
+setup: $(READY) ## Make .venv with the pinned packages
+
+distill: $(READY) ## Distil the bundled teacher into a 4-step student (ARGS="--num-steps 2 --seed 1")
+	$(BIN)/python examples/distill.py $(ARGS)
+
+test: $(READY) ## Run the tests, except the slow ones
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(READY) ## Run the slow tests
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(READY) ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## Bring the code into style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+teacher: $(READY) ## Retrain the bundled teacher (about 15 minutes on two cores)
+	$(BIN)/python examples/train_teacher.py $(ARGS)
+
+bench: $(READY) ## Measure rollout and update against the bare network
+	$(BIN)/python benchmarks/overhead.py $(ARGS)
+
+clean: ## Remove .venv and caches; runs/ stays
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -1,0 +1,42 @@
+"""What the tests of this folder share: a grid of three steps, options, and small helpers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from stable_baselines3.common.callbacks import BaseCallback
+from torch import Tensor
+
+GRID = (850.0, 533.0, 200.0)
+NUM_ENVS = 8
+ITERATION = NUM_ENVS * len(GRID)  # transitions of one rollout
+
+# ReDiFPPO as Stable-Baselines3's PPO
+STOCK = {"ratio": "sum", "advantage": "gae", "credit": "global"}
+# every step explores with independent noise, as in the published recipes
+PLAIN_EXPLORATION = {"stochastic_steps": "all", "antithetic": False}
+
+
+def weights(model: Any) -> Tensor:
+    """All parameters of an agent's policy in one vector."""
+    return torch.cat([p.detach().flatten() for p in model.policy.parameters()])
+
+
+class OnRolloutEnd(BaseCallback):
+    """Does something between a rollout and its update.
+
+    Args:
+        action: Called with the agent.
+    """
+
+    def __init__(self, action: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.action = action
+
+    def _on_rollout_end(self) -> None:
+        self.action(self.model)
+
+    def _on_step(self) -> bool:
+        return True

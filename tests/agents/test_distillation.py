@@ -1,0 +1,358 @@
+"""distill, from a teacher to a folder, in the smallest run that has all of its parts."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+
+import pytest
+import torch
+from stable_baselines3.common.callbacks import BaseCallback
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from agents import distill, distillation
+from agents.distillation import find_judge, next_free, versions, write_json
+from agents.evaluation import compare
+from redif_env import schedules
+from redif_env.errors import InvalidArgumentError, TeacherFolderError
+from redif_env.loading import load_denoiser, load_teacher
+from redif_env.rewards import PSNR
+from redif_env.teacher import Teacher, TeacherBank
+
+SMALL = {
+    "num_steps": 2,
+    "iterations": 2,
+    "num_envs": 16,
+    "group_size": 4,
+    "batch_size": 16,
+    "learning_rate": 1e-4,
+    "stochastic_steps": "one",
+    "antithetic": True,
+    "eta": 0.1,
+    "min_std": 0.02,
+    "ema_decay": 0.5,
+    "bank_size": 64,
+    "num_held_out": 100,
+    "eval_every": 1,
+    "seed": 0,
+}
+
+
+NUM_VALIDATION = 64
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """A cache of our own, and few enough validation tasks to search a grid in a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REDIF_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(distillation, "NUM_VALIDATION", NUM_VALIDATION)
+        yield
+
+
+def new_teacher() -> Teacher:
+    return load_teacher("digits", num_steps=5)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, cache):
+    """A whole run with a searched grid, and its folder."""
+    out = tmp_path_factory.mktemp("runs") / "deep" / "run"
+    return distill(new_teacher(), **SMALL, out=out), out
+
+
+def weights(denoiser) -> torch.Tensor:
+    return torch.cat([p.flatten() for p in denoiser.network.parameters()])
+
+
+def test_the_student_is_ready_to_use(run):
+    result, _ = run
+    assert result.timesteps.shape == (3,)
+    assert result.timesteps[-1] == 0
+    assert not result.student.training
+    assert result.student is result.model.student()
+    assert not torch.equal(weights(result.student), weights(new_teacher().denoiser))
+
+
+def test_the_report_has_the_promised_keys(run):
+    report = run[0].report
+    assert report["num_steps"] == report["nfe"] == 2
+    assert report["seed"] == 0
+    assert report["trajectories"] == 2 * 16
+    assert report["seconds"] >= report["training_seconds"] > 0
+    assert report["timesteps"] == run[0].timesteps[:-1].tolist()
+    assert report["versions"] == versions()
+    assert {"redif", "torch", "diffusers", "stable_baselines3"} <= set(report["versions"])
+    figures = {"paired_mse", "frechet", "label_agreement"}
+    assert set(report["held_out"]) == {"student", "ddim", "ddim_searched", "teacher_floor"}
+    assert all(set(part) == figures for part in report["held_out"].values())
+    assert report["held_out"]["teacher_floor"]["paired_mse"] is None
+    assert [record["iteration"] for record in report["history"]] == [0, 1, 2]
+    json.dumps(report, allow_nan=False)  # plain data
+
+
+def test_the_figures_are_those_of_the_test_tasks(run):
+    """Measured again from the outside, on noise of the test split."""
+    result, _ = run
+    teacher = new_teacher()
+    test = TeacherBank.build(teacher, 100, split="test")
+    other = TeacherBank.build(teacher, 100, split="test", seed=1)
+    judge = find_judge(teacher)
+    denoiser = teacher.denoiser
+    uniform = schedules.uniform(denoiser.schedule, 2)
+    samplers = {
+        "student": (result.student, result.timesteps),
+        "ddim": (denoiser, uniform),
+        "ddim_searched": (denoiser, result.timesteps),
+    }
+    for name, (sampler, grid) in samplers.items():
+        with torch.no_grad():
+            x_0 = schedules.sample(sampler, test.x_T, test.condition, grid)
+        assert result.report["held_out"][name] == pytest.approx(compare(x_0, test, other, judge))
+    floor = compare(test.teacher_x_0, test, other, judge)
+    assert result.report["held_out"]["teacher_floor"]["frechet"] == pytest.approx(floor["frechet"])
+    held_out = result.report["held_out"]
+    assert held_out["ddim_searched"]["paired_mse"] < held_out["ddim"]["paired_mse"]
+
+
+def test_no_task_is_in_two_splits():
+    teacher = new_teacher()
+    banks = [
+        TeacherBank.build(teacher, size, split=split, seed=seed)
+        for size, split, seed in [
+            (SMALL["bank_size"], "train", 0),
+            (NUM_VALIDATION, "validation", 0),
+            (100, "test", 0),
+            (100, "test", 1),
+        ]
+    ]
+    noise = torch.cat([bank.x_T.flatten(1) for bank in banks])
+    assert len(noise.unique(dim=0)) == len(noise)
+
+
+def test_the_folder_holds_the_whole_run(run):
+    _, out = run
+    names = {path.name for path in out.iterdir() if "tfevents" not in path.name}
+    assert names == {"config.json", "summary.json", "samples.png", "student"}
+    assert len([path for path in out.iterdir() if "tfevents" in path.name]) == 1
+    student = {path.name for path in (out / "student").iterdir()}
+    assert student == {"model_index.json", "unet", "scheduler", "redif.json", "README.md"}
+
+
+def test_the_files_say_what_was_run_and_found(run):
+    result, out = run
+    assert json.loads((out / "summary.json").read_text()) == result.report
+    config = json.loads((out / "config.json").read_text())
+    for name, value in SMALL.items():
+        assert config[name] == value
+    assert config["timesteps"] == result.timesteps.tolist()
+    assert set(config) >= set(inspect.signature(distill).parameters) - {"callback"}
+
+
+def test_the_config_names_the_teacher(run):
+    """So that the run can be repeated: no `<object at 0x...>`."""
+    config = json.loads((run[1] / "config.json").read_text())
+    assert "object at" not in json.dumps(config)
+    assert "digits" in json.dumps(config["teacher"])
+
+
+def test_the_exported_student_is_the_one_that_was_judged(run):
+    result, out = run
+    exported = load_denoiser(out / "student")
+    assert torch.equal(weights(exported), weights(result.student))
+    info = json.loads((out / "student" / "redif.json").read_text())
+    assert info["timesteps"] == result.timesteps[:-1].tolist()
+
+
+def test_the_curves_are_in_the_folder(run):
+    events = EventAccumulator(str(run[1]))
+    events.Reload()
+    assert {"eval/paired_mse", "train/kl", "rollout/ep_rew_mean"} <= set(events.Tags()["scalars"])
+    assert "eval/samples" in events.Tags()["images"]
+
+
+def one_step(**changes):
+    """The smallest run: one step, whose grid is found at once."""
+    return distill(new_teacher(), **{**SMALL, "num_steps": 1, "schedule": [850.0], **changes})
+
+
+@pytest.fixture(scope="module")
+def repeated(run):
+    """The same run again, without a folder; now the banks are in the cache."""
+    return distill(new_teacher(), **SMALL)
+
+
+@pytest.fixture(scope="module")
+def small(cache):
+    return one_step()
+
+
+def test_the_same_seed_gives_a_bit_identical_student(run, repeated):
+    first = run[0]
+    assert torch.equal(weights(first.student), weights(repeated.student))
+    for name in ("held_out", "history", "timesteps"):
+        assert first.report[name] == repeated.report[name], name
+
+
+def test_another_seed_gives_another_student(small):
+    assert not torch.equal(weights(one_step(seed=1).student), weights(small.student))
+
+
+def test_the_ledger_is_the_same_whether_the_banks_were_cached(run, repeated):
+    assert run[0].report["network_evaluations"] == repeated.report["network_evaluations"]
+
+
+def test_the_ledger_counts_every_forward_once(run):
+    ledger = run[0].report["network_evaluations"]
+    # training and validation tasks, 5 steps each
+    assert ledger["teacher"] == (64 + NUM_VALIDATION) * 5
+    assert ledger["rollout"] == 2 * 16 * 2  # 2 iterations of 16 rows and 2 steps
+    assert ledger["update"] == 3 * 2 * 16  # one step of each trajectory; backward counts twice
+    assert ledger["search"] % (2 * NUM_VALIDATION) == 0  # whole grids of 2 steps
+    assert ledger["total"] == sum(value for name, value in ledger.items() if name != "total")
+
+
+def test_what_the_teacher_did_before_is_not_on_the_ledger(small):
+    teacher = new_teacher()
+    teacher.sample(torch.zeros(1000, 1, 8, 8), torch.zeros(1000, dtype=torch.int64))
+    options = {**SMALL, "num_steps": 1, "schedule": [850.0]}
+    used = distill(teacher, **options).report["network_evaluations"]
+    assert used == small.report["network_evaluations"]
+
+
+def test_guidance_doubles_the_cost():
+    teacher = load_teacher("digits", num_steps=5, guidance_scale=2.0)
+    options = {"num_steps": 1, "schedule": [850.0], "stochastic_steps": "all"}
+    report = distill(teacher, **{**SMALL, **options}).report
+    assert (report["num_steps"], report["nfe"]) == (1, 2)
+    ledger = report["network_evaluations"]
+    assert ledger["teacher"] == 2 * (64 + NUM_VALIDATION) * 5
+    assert ledger["rollout"] == 2 * 2 * 16
+    assert ledger["update"] == 3 * 2 * 2 * 16
+
+
+def test_training_improves_the_held_out_error():
+    """One step, where plain DDIM does badly: 15 iterations take off a third and more."""
+    changes = {"iterations": 15, "num_envs": 64, "batch_size": 32, "learning_rate": 3e-4}
+    result = one_step(**changes, seed=1)
+    start, end = result.report["history"][0], result.report["history"][-1]
+    # from 0.064 to 0.033 - 0.037, depending on the seed
+    assert end["paired_mse"] < 0.8 * start["paired_mse"]
+    held_out = result.report["held_out"]["student"]
+    assert held_out["paired_mse"] < 0.8 * result.report["held_out"]["ddim"]["paired_mse"]
+
+
+def test_a_reward_without_a_map_falls_back_to_global_credit(small):
+    assert one_step(reward=PSNR()).model.credit == "global"
+    assert small.model.credit == "local"
+
+
+class CountRollouts(BaseCallback):
+    """A callback of one's own."""
+
+    count = 0
+
+    def _on_rollout_end(self) -> None:
+        self.count += 1
+
+    def _on_step(self) -> bool:
+        return True
+
+
+def test_without_out_nothing_is_written_and_callbacks_are_called(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    callback = CountRollouts()
+    result = one_step(callback=callback)
+    assert callback.count == SMALL["iterations"]
+    assert math.isfinite(result.report["held_out"]["student"]["paired_mse"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_folder_is_refused_before_anything_is_computed(tmp_path):
+    teacher = new_teacher()
+    with pytest.raises(InvalidArgumentError, match="exists") as caught:
+        distill(teacher, **SMALL, out=tmp_path)
+    assert caught.value.argument == "out"
+    assert teacher.denoiser.network_evaluations == 0
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_steps", 0),
+        ("iterations", 0),
+        ("num_envs", 0),
+        ("group_size", 3),
+        ("group_size", 1),
+        ("batch_size", 0),
+        ("learning_rate", -1.0),
+        ("learning_rate", float("nan")),
+        ("eta", 2.0),
+        ("min_std", 0.0),
+        ("ema_decay", 1.5),
+        ("bank_size", 0),
+        ("num_held_out", 10),
+        ("eval_every", 0),
+        ("seed", -1),
+        ("schedule", "cubic"),
+        ("schedule", [100.0, 800.0]),
+        ("schedule", [800.0, 400.0]),
+        ("schedule", "free"),
+        ("reward", "beauty"),
+        ("stochastic_steps", "two"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_written(tmp_path, name, value):
+    with pytest.raises(InvalidArgumentError):
+        one_step(**{name: value}, out=tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("group_size", 3), ("group_size", 1), ("eta", 2.0), ("min_std", 0.0), ("eval_every", 0)],
+)
+def test_bad_arguments_are_refused_before_the_teacher_is_asked(tmp_path, monkeypatch, name, value):
+    """With a large teacher and bank, the answers take hours."""
+    monkeypatch.setenv("REDIF_CACHE", str(tmp_path))
+    teacher = new_teacher()
+    with pytest.raises(InvalidArgumentError):
+        distill(teacher, **{**SMALL, "num_steps": 1, name: value})
+    assert teacher.denoiser.network_evaluations == 0
+
+
+def test_a_missing_teacher_is_a_typed_error(tmp_path):
+    with pytest.raises(TeacherFolderError, match="nowhere"):
+        distill(tmp_path / "nowhere", **SMALL, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_next_free_names_the_first_folder_that_does_not_exist(tmp_path):
+    assert next_free(tmp_path / "run") == tmp_path / "run"
+    (tmp_path / "run").mkdir()
+    assert next_free(tmp_path / "run") == tmp_path / "run-2"
+    (tmp_path / "run-2").mkdir()
+    (tmp_path / "run-4").mkdir()
+    assert next_free(tmp_path / "run") == tmp_path / "run-3"
+
+
+def test_a_judge_is_found_beside_the_teacher_or_not_at_all(tmp_path, run):
+    assert find_judge(new_teacher()) is not None
+    assert find_judge(load_teacher(run[1] / "student", num_steps=5)) is None
+    nameless = Teacher(new_teacher().denoiser, new_teacher().make_solver, num_steps=5)
+    assert find_judge(nameless) is None
+
+
+def test_write_json_replaces_the_file_as_a_whole(tmp_path):
+    path = tmp_path / "summary.json"
+    write_json(path, {"a": 1})
+    write_json(path, {"b": path})
+    assert json.loads(path.read_text()) == {"b": str(path)}
+    circle: dict = {}
+    circle["self"] = circle
+    with pytest.raises(ValueError, match="Circular"):
+        write_json(path, circle)
+    assert json.loads(path.read_text()) == {"b": str(path)}
+    assert [file.name for file in tmp_path.iterdir()] == ["summary.json"]

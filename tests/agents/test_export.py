@@ -1,0 +1,225 @@
+"""An exported student is an ordinary diffusers folder that gives the student's own samples."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DModel
+from torch import nn
+
+from agents.export import export_student, make_scheduler, snippet
+from redif_env import schedules
+from redif_env.denoiser import Denoiser
+from redif_env.errors import InvalidArgumentError
+from redif_env.loading import build_denoiser, find_folder, load_denoiser, load_scheduler
+
+GRIDS = [
+    (850.0,),
+    (999.0, 1.0),
+    (850.0, 300.0),
+    (849.0, 533.0, 289.0, 120.0),
+    (999.0, 875.0, 750.0, 625.0, 500.0, 375.0, 250.0, 125.0),
+]
+# Ours takes square roots of float64 products, diffusers' logarithms of float32 ones.
+SAME_SAMPLES = {"rtol": 0, "atol": 1e-4}
+
+BLOCKER = """\
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("redif_env", "agents"):
+            raise ImportError(f"{name} is not installed here")
+
+sys.meta_path.insert(0, Blocker())
+for name in ("redif_env", "agents"):
+    try:
+        __import__(name)
+    except ImportError:
+        continue
+    raise SystemExit(f"{name} can be imported")
+"""
+
+
+def scheduler_config():
+    return load_scheduler(find_folder("digits")).config
+
+
+def lines_of(folder: Path) -> str:
+    """The block that the folder's README tells people to run."""
+    return re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
+
+
+def run_in_a_clean_process(folder: Path, lines: str) -> torch.Tensor:
+    """What `x` is after the lines, run in the folder where this project cannot be imported."""
+    out = folder.parent / "x.pt"
+    program = f"{BLOCKER}\n{lines}\ntorch.save(x, {str(out)!r})\n"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", program], cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return torch.load(out)
+
+
+def expected_samples(student: Denoiser, grid, labels) -> torch.Tensor:
+    x_T = torch.randn(10, *student.latent_shape, generator=torch.Generator().manual_seed(0))
+    times = schedules.explicit(grid, student.schedule)
+    with torch.no_grad():
+        return schedules.sample(student, x_T, labels, times)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_the_readme_gives_the_students_own_samples_without_this_project(tmp_path, guidance_scale):
+    student, grid = load_denoiser("digits", guidance_scale=guidance_scale), (850.0, 533.0, 120.0)
+    with torch.no_grad():  # a student of its own, not the teacher
+        for weight in student.network.parameters():
+            weight.mul_(1.02)
+    folder = export_student(student, grid, scheduler_config(), tmp_path / "student")
+    lines = lines_of(folder)
+    assert len(lines.strip().splitlines()) <= 12  # "ten lines"
+    x = run_in_a_clean_process(folder, lines)
+    torch.testing.assert_close(x, expected_samples(student, grid, torch.arange(10)), **SAME_SAMPLES)
+    # negative control: the teacher's own samples are others
+    teacher = load_denoiser("digits", guidance_scale=guidance_scale)
+    assert (x - expected_samples(teacher, grid, torch.arange(10))).abs().max() > 0.05
+
+
+def make_unconditional_student() -> Denoiser:
+    torch.manual_seed(0)
+    network = UNet2DModel(
+        sample_size=4,
+        in_channels=2,
+        out_channels=2,
+        block_out_channels=(8,),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
+        add_attention=False,
+    )
+    return build_denoiser(network.eval(), load_scheduler(find_folder("digits")), {})
+
+
+def test_the_readme_of_an_unconditional_student_works(tmp_path):
+    student, grid = make_unconditional_student(), (850.0, 300.0)
+    folder = export_student(student, grid, scheduler_config(), tmp_path / "student")
+    x = run_in_a_clean_process(folder, lines_of(folder))
+    assert x.shape == (10, 2, 4, 4)
+    torch.testing.assert_close(x, expected_samples(student, grid, None), **SAME_SAMPLES)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: f"{len(grid)} steps")
+def test_the_exported_scheduler_is_ddim_along_any_grid(grid):
+    student, config = load_denoiser("digits"), scheduler_config()
+    solver = make_scheduler(config, student)
+    solver.set_timesteps(timesteps=[int(t) for t in grid])
+    x = torch.randn(10, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(10)
+    for t in solver.timesteps:
+        with torch.no_grad():
+            x = solver.step(student.network(x, t, labels).sample, t, x).prev_sample
+    torch.testing.assert_close(x, expected_samples(student, grid, labels), **SAME_SAMPLES)
+
+
+def test_a_scheduler_of_second_order_is_not_ddim():
+    """Negative control: the order matters at these numbers of steps."""
+    student, grid, labels = load_denoiser("digits"), GRIDS[3], torch.arange(10)
+    options = {"algorithm_type": "dpmsolver++", "solver_order": 2, "final_sigmas_type": "zero"}
+    solver = DPMSolverMultistepScheduler.from_config(scheduler_config(), **options)
+    solver.set_timesteps(timesteps=[int(t) for t in grid])
+    x = torch.randn(10, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    for t in solver.timesteps:
+        with torch.no_grad():
+            x = solver.step(student.network(x, t, labels).sample, t, x).prev_sample
+    assert (x - expected_samples(student, grid, labels)).abs().max() > 0.01
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    student = load_denoiser("digits", guidance_scale=2.0)
+    out = tmp_path_factory.mktemp("runs") / "deep" / "student"
+    return export_student(student, (850.0, 300.0, 0.0), scheduler_config(), out)
+
+
+def test_the_folder_holds_what_samplers_need(folder):
+    assert {path.name for path in folder.iterdir()} == {
+        "unet",
+        "scheduler",
+        "redif.json",
+        "model_index.json",
+        "README.md",
+    }
+    assert json.loads((folder / "redif.json").read_text()) == {
+        "num_steps": 2,
+        "timesteps": [850, 300],
+        "guidance_scale": 2.0,
+        "num_classes": 10,
+        "null_class": 10,
+    }
+    assert [path.name for path in folder.parent.iterdir()] == ["student"]  # nothing temporary
+
+
+def test_the_folder_is_a_teacher_again(folder):
+    loaded, original = load_denoiser(folder), load_denoiser("digits")
+    for name, weight in original.network.state_dict().items():
+        assert torch.equal(loaded.network.state_dict()[name], weight)
+    assert loaded.prediction_type == original.prediction_type
+    assert (loaded.num_classes, loaded.null_class) == (10, 10)
+    assert torch.equal(loaded.schedule.alpha_table, original.schedule.alpha_table)
+
+
+def test_the_folder_is_a_diffusers_pipeline(folder):
+    pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    assert isinstance(pipeline.unet, UNet2DModel)
+    assert isinstance(pipeline.scheduler, DPMSolverMultistepScheduler)
+    assert pipeline.scheduler.config.solver_order == 1
+
+
+def test_guidance_is_in_the_lines_only_where_it_is_used():
+    assert "null" not in snippet(load_denoiser("digits"))
+    assert "null" in snippet(load_denoiser("digits", guidance_scale=2.0))
+    assert "class_labels" not in snippet(make_unconditional_student())
+
+
+def test_an_existing_folder_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "mine").touch()
+    with pytest.raises(InvalidArgumentError, match="exists"):
+        export_student(load_denoiser("digits"), (850.0,), scheduler_config(), tmp_path / "student")
+    assert [path.name for path in (tmp_path / "student").iterdir()] == ["mine"]
+
+
+def test_a_network_of_another_library_is_refused(tmp_path):
+    schedule = load_denoiser("digits").schedule
+    student = Denoiser(nn.Identity(), schedule, "sample", (1, 8, 8))
+    with pytest.raises(InvalidArgumentError, match="only diffusers models"):
+        export_student(student, (850.0,), scheduler_config(), tmp_path / "student")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_grid_that_makes_no_sense_is_refused(tmp_path):
+    with pytest.raises(InvalidArgumentError, match="strictly decreasing"):
+        export_student(load_denoiser("digits"), (300.0, 850.0), scheduler_config(), tmp_path / "s")
+    assert not list(tmp_path.iterdir())
+
+
+class FullDisk(UNet2DModel):
+    """Writes half of its files, then finds the disk full."""
+
+    def save_pretrained(self, folder, *args, **kwargs) -> None:
+        super().save_pretrained(folder, *args, **kwargs)
+        raise OSError(28, "No space left on device")
+
+
+def test_a_failing_export_leaves_nothing(tmp_path):
+    student = load_denoiser("digits")
+    student.network.__class__ = FullDisk
+    with pytest.raises(OSError, match="No space left"):
+        export_student(student, (850.0,), scheduler_config(), tmp_path / "student")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,118 @@
+"""Options of ReDiFPPO that do not go together meet a typed error."""
+
+from __future__ import annotations
+
+import gymnasium as gym
+import pytest
+import torch
+from small_world import ITERATION, STOCK
+from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize
+from torch import nn
+
+from agents import ReDiFPPO, TorchVecEnv
+from redif_env.denoiser import Denoiser
+from redif_env.errors import InvalidArgumentError
+from redif_env.teacher import Teacher
+
+
+def case(argument, *, env=None, **options):
+    return pytest.param(argument, env or {}, options, id=f"{argument}-{env or ''}{options}")
+
+
+@pytest.mark.parametrize(
+    ("argument", "env_options", "options"),
+    [
+        case("ratio", ratio="product"),
+        case("advantage", advantage="td"),
+        case("credit", credit="near"),
+        case("stochastic_steps", stochastic_steps="two"),
+        case("ema_decay", ema_decay=1.5),
+        case("ema_decay", ema_decay="slow"),
+        case("eta", eta=2.0),
+        case("min_std", min_std=0.0),
+        case("ratio", ratio="mean"),
+        case("ratio", ratio="sum"),
+        case("credit", advantage="gae"),
+        case("credit", env={"reward": "psnr"}),
+        case("schedule", env={"schedule": "free"}),
+        case("schedule", env={"schedule": "free"}, advantage="gae", credit="global"),
+        case("group_size", env={"group_size": 1}),
+        case("group_size", env={"num_envs": 6, "group_size": 3}, antithetic=True, batch_size=9),
+        case("stochastic_steps", advantage="gae", credit="global", stochastic_steps="one"),
+        case("antithetic", advantage="gae", credit="global", antithetic=True),
+        case("n_steps", n_steps=4),
+        case("n_steps", n_steps=-3),
+        case("n_steps", n_steps=0),
+        case("n_epochs", n_epochs=0),
+        case("batch_size", batch_size=0),
+        case("action_type", env={"action_type": "epsilon"}),
+        case("action_type", env={"residual": True}),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(
+    make_env, make_model, argument, env_options, options
+):
+    env = make_env(**env_options)
+    with pytest.raises(InvalidArgumentError) as caught:
+        make_model(env, **options)
+    assert caught.value.argument == argument
+    assert caught.value.remedy.endswith(".")
+    assert caught.value.value in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda env: VecNormalize(TorchVecEnv(env), norm_obs=False),
+        lambda env: VecMonitor(TorchVecEnv(env)),
+        lambda env: DummyVecEnv([lambda: gym.make("CartPole-v1")]),
+    ],
+)
+def test_a_student_needs_the_bare_environment(make_env, make_model, wrap):
+    """A wrapper sees numpy only; it would be passed over in silence."""
+    with pytest.raises(InvalidArgumentError, match="without wrappers") as caught:
+        make_model(wrap(make_env()))
+    assert caught.value.argument == "env"
+
+
+@pytest.mark.parametrize("name", ["ratio", "advantage", "credit"])
+def test_other_policies_are_stock_ppo_or_nothing(make_env, name):
+    wrong = {"ratio": "element", "advantage": "group", "credit": "local"}[name]
+    options = {**STOCK, name: wrong, "batch_size": 8}
+    if name == "credit":
+        options["ratio"] = "element"
+        options["advantage"] = "group"
+    with pytest.raises(InvalidArgumentError, match="StudentPolicy"):
+        ReDiFPPO("MultiInputPolicy", make_env(), **options)
+
+
+def test_a_grid_that_is_not_the_environments_is_refused(make_model):
+    """The policy would predict for other times than those of its observations."""
+    with pytest.raises(InvalidArgumentError):
+        make_model(policy_kwargs={"timesteps": [900.0, 500.0, 100.0]})
+
+
+class PlainNetwork(nn.Module):
+    """A network that diffusers does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x_t, t, condition=None):
+        return self.scale * x_t
+
+
+def test_a_teacher_of_another_library_needs_a_student(teacher, make_env, make_model):
+    known = teacher.denoiser
+
+    def make_student() -> Denoiser:
+        return Denoiser(PlainNetwork(), known.schedule, "sample", (1, 8, 8), num_classes=10)
+
+    env = make_env(teacher=Teacher(make_student(), teacher.make_solver, num_steps=5))
+    with pytest.raises(InvalidArgumentError) as caught:
+        make_model(env)
+    assert caught.value.argument == "student"
+    model = make_model(env, policy_kwargs={"student": make_student})
+    model.learn(ITERATION)
+    assert model.policy.denoiser.network.scale != 1
