@@ -78,6 +78,16 @@ class TorchRolloutBuffer(RolloutBuffer):
         self.full = False
         self.generator_ready = False
 
+    @property
+    def values(self) -> Tensor:  # type: ignore[override]
+        """Critic's values, `(T, N)`."""
+        return self._store["values"]
+
+    @property
+    def returns(self) -> Tensor:  # type: ignore[override]
+        """What followed, `(T, N)`."""
+        return self._store["returns"]
+
     def add(  # type: ignore[override]
         self,
         observation: dict[str, Tensor],

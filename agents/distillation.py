@@ -72,9 +72,9 @@ def distill(
     *,
     schedule: str | Sequence[float] = SEARCH,
     reward: str | Reward = "mse",
-    iterations: int = 200,
+    iterations: int = 250,
     num_envs: int = 512,
-    group_size: int = 4,
+    group_size: int = 2,
     batch_size: int = 256,
     learning_rate: float = 2e-4,
     stochastic_steps: str = "one",
@@ -82,7 +82,7 @@ def distill(
     eta: float = 0.1,
     min_std: float = 0.02,
     ema_decay: float = 0.95,
-    bank_size: int = 4096,
+    bank_size: int = 8192,
     num_held_out: int = 2000,
     eval_every: int = 10,
     seed: int = 0,
@@ -122,76 +122,70 @@ def distill(
     arguments = {name: value for name, value in locals().items() if name != "callback"}
     started = time.monotonic()
     iterations = check_integer("iterations", iterations, 1)
-    learning_rate = check_number("learning_rate", learning_rate)
     num_held_out = check_integer("num_held_out", num_held_out, 100)
     num_steps = check_integer("num_steps", num_steps, 1)
-    seed = check_integer("seed", seed, 0)
-    reward = make_reward(reward)
+    learning_rate = check_number("learning_rate", learning_rate)
     folder = _check_out(out)
-    if not isinstance(teacher, Teacher):
-        teacher = load_teacher(teacher, device=device or "cpu")
+    reward = make_reward(reward)
+    teacher = _as_teacher(teacher, device)
+    noise = teacher.denoiser.schedule
+    uniform = schedules.uniform(noise, num_steps)
+    given = None if schedule == SEARCH else schedules.make_grid(schedule, noise, num_steps)
+    env_options = {
+        "reward": reward,
+        "group_size": group_size,
+        "bank_size": bank_size,
+        "seed": seed,
+    }
+    agent_options = {
+        "learning_rate": LinearSchedule(learning_rate, 0.0, 1.0),
+        "batch_size": batch_size,
+        "stochastic_steps": stochastic_steps,
+        "antithetic": antithetic,
+        "eta": eta,
+        "min_std": min_std,
+        "ema_decay": ema_decay,
+        "credit": "local" if reward.has_map else "global",
+        "seed": seed,
+    }
+    check_integer("eval_every", eval_every, 1)
+    # Everything is made once on the uniform grid, so that bad options meet their errors before the
+    # teacher is asked and the grid is searched.
+    _make_model(teacher, num_envs, uniform, None, env_options, agent_options)
+
     banks = _build_banks(teacher, bank_size, num_held_out, progress)
-    searched = schedules.search(teacher.denoiser, banks.validation, num_steps)
-    search_evaluations = teacher.denoiser.network_evaluations
-    timesteps = searched
-    if schedule != SEARCH:
-        timesteps = schedules.make_grid(schedule, teacher.denoiser.schedule, num_steps)
-    env = ReDiFVectorEnv(
-        num_envs,
-        teacher,
-        schedule=timesteps,
-        reward=reward,
-        group_size=group_size,
-        bank=banks.train,
-        seed=seed,
-    )
-    model = ReDiFPPO(
-        "StudentPolicy",
-        env,
-        learning_rate=LinearSchedule(learning_rate, 0.0, 1.0),
-        batch_size=batch_size,
-        stochastic_steps=stochastic_steps,
-        antithetic=antithetic,
-        eta=eta,
-        min_std=min_std,
-        ema_decay=ema_decay,
-        credit="local" if reward.has_map else "global",
-        seed=seed,
-    )
+    searched, search_evaluations = _search(teacher, banks.validation, num_steps)
+    timesteps = searched if given is None else given
+    model = _make_model(teacher, num_envs, timesteps, banks.train, env_options, agent_options)
     if folder is not None:
         _start_folder(folder, arguments, timesteps)
     model.set_logger(configure(str(folder) if folder else None, ["tensorboard"] if folder else []))
     held_out = HeldOutEvaluation(banks.validation, eval_every)
-    callbacks: list[BaseCallback] = [held_out, *([ProgressBar(iterations)] if progress else [])]
+    callbacks: list[BaseCallback] = [held_out]
+    callbacks += [ProgressBar(iterations)] if progress else []
+    callbacks += [callback] if callback else []
     training_started = time.monotonic()
-    model.learn(
-        iterations * num_envs * num_steps, callback=[*callbacks, *([callback] if callback else [])]
-    )
-    training_seconds = time.monotonic() - training_started
+    model.learn(iterations * num_envs * num_steps, callback=callbacks)
+
     student = model.student()
-    judge = find_judge(teacher)
-    grids = {
+    rivals = {
         "student": (student, timesteps),
-        "ddim": (teacher.denoiser, schedules.uniform(teacher.denoiser.schedule, num_steps)),
+        "ddim": (teacher.denoiser, uniform),
         "ddim_searched": (teacher.denoiser, searched),
     }
-    samples = {name: _sample(*pair, banks.test) for name, pair in grids.items()}
+    samples = {name: _sample(*rival, banks.test) for name, rival in rivals.items()}
+    ledger = _ledger(teacher, model, banks, search_evaluations if given is None else 0)
     report = {
         "num_steps": num_steps,
         "nfe": num_steps * student.nfe,
         "timesteps": [float(t) for t in timesteps[:-1]],
         "seed": seed,
         "trajectories": iterations * num_envs,
-        "network_evaluations": _ledger(teacher, model, banks, search_evaluations),
-        "held_out": {
-            **{
-                name: compare(x_0, banks.test, banks.reference, judge)
-                for name, x_0 in samples.items()
-            },
-            "teacher_floor": _floor(banks, judge),
-        },
+        "network_evaluations": sum(ledger.values()),
+        "ledger": ledger,
+        "held_out": _judge(teacher, banks, samples),
         "history": held_out.history,
-        "training_seconds": round(training_seconds, 1),
+        "training_seconds": round(time.monotonic() - training_started, 1),
         "seconds": round(time.monotonic() - started, 1),
         "versions": versions(),
         "hardware": f"{platform.machine()}, {teacher.device}, {torch.get_num_threads()} threads",
@@ -231,6 +225,31 @@ def _check_out(out: str | Path | None) -> Path | None:
     return Path(out)
 
 
+def _as_teacher(teacher: str | Path | Teacher, device: str | None) -> Teacher:
+    if isinstance(teacher, Teacher):
+        return teacher if device is None else teacher.to(device)
+    return load_teacher(teacher, device=device or "cpu")
+
+
+def _make_model(
+    teacher: Teacher,
+    num_envs: int,
+    timesteps: Tensor,
+    bank: TeacherBank | None,
+    env_options: dict[str, Any],
+    agent_options: dict[str, Any],
+) -> ReDiFPPO:
+    env = ReDiFVectorEnv(num_envs, teacher, schedule=timesteps, bank=bank, **env_options)
+    return ReDiFPPO("StudentPolicy", env, **agent_options)
+
+
+def _search(teacher: Teacher, bank: TeacherBank, num_steps: int) -> tuple[Tensor, int]:
+    """The best grid of plain DDIM, and the network evaluations that it took to find."""
+    before = teacher.denoiser.network_evaluations
+    grid = schedules.search(teacher.denoiser, bank, num_steps)
+    return grid, teacher.denoiser.network_evaluations - before
+
+
 def _build_banks(teacher: Teacher, bank_size: int, num_held_out: int, progress: bool) -> _Banks:
     def build(size: int, split: str, seed: int = 0) -> TeacherBank:
         return TeacherBank.build(teacher, size, split=split, seed=seed, progress=progress)
@@ -248,32 +267,43 @@ def _sample(denoiser: Denoiser, grid: Tensor, bank: TeacherBank) -> Tensor:
     return schedules.sample(denoiser, bank.x_T, bank.condition, grid)
 
 
-def _floor(banks: _Banks, judge: Judge | None) -> dict[str, float | None]:
-    """The teacher's answers, judged as a student's; paired with itself it has no error."""
-    return {
-        **compare(banks.test.teacher_x_0, banks.test, banks.reference, judge),
-        "paired_mse": None,
-    }
+def _judge(
+    teacher: Teacher, banks: _Banks, samples: dict[str, Tensor]
+) -> dict[str, dict[str, float | None]]:
+    """The figures of each method, and of the teacher itself: paired with itself it has no error."""
+    judge = find_judge(teacher)
+    rows = {**samples, "teacher_floor": banks.test.teacher_x_0}
+    figures = {name: compare(x_0, banks.test, banks.reference, judge) for name, x_0 in rows.items()}
+    figures["teacher_floor"]["paired_mse"] = None
+    return figures
 
 
 def _ledger(teacher: Teacher, model: ReDiFPPO, banks: _Banks, searched: int) -> dict[str, int]:
-    """Network-forward equivalents: 1 a row sent forward, 3 forward and back."""
-    asked = (len(banks.train) + len(banks.validation)) * teacher.num_steps * teacher.denoiser.nfe
+    """Network-forward equivalents by purpose: 1 a row sent forward, 3 forward and back.
+
+    The teacher's answers count in full, also when they came from the cache.
+    """
+    asked = len(banks.train) + (len(banks.validation) if searched else 0)
     policy: Any = model.policy
-    forward = policy.denoiser.network_evaluations
-    backward = model.rows_trained * policy.denoiser.nfe
-    parts = {
-        "teacher": asked,
+    trained = model.rows_trained * policy.denoiser.nfe
+    return {
+        "teacher": asked * teacher.num_steps * teacher.denoiser.nfe,
         "search": searched,
-        "rollout": forward - backward,
-        "update": 3 * backward,
+        "rollout": policy.denoiser.network_evaluations - trained,
+        "update": 3 * trained,
     }
-    return {**parts, "total": sum(parts.values())}
 
 
 def _start_folder(folder: Path, arguments: dict[str, Any], timesteps: Tensor) -> None:
     folder.mkdir(parents=True)
-    config = {**arguments, "timesteps": timesteps.tolist(), "versions": versions()}
+    teacher, reward = arguments["teacher"], arguments["reward"]
+    named = {
+        "teacher": teacher.source if isinstance(teacher, Teacher) else str(teacher),
+        "reward": make_reward(reward).name,
+        "timesteps": timesteps.tolist(),
+        "versions": versions(),
+    }
+    config = {**arguments, **named}
     write_json(folder / "config.json", config)
 
 

@@ -25,9 +25,7 @@ scheduler.set_timesteps(timesteps=info["timesteps"])
 x = torch.randn(10, {shape}, generator=torch.Generator().manual_seed(0))
 {labels}
 for t in scheduler.timesteps:
-    with torch.no_grad():
-        prediction = {prediction}
-    x = scheduler.step(prediction, t, x).prev_sample
+    with torch.no_grad(): x = scheduler.step({prediction}, t, x).prev_sample
 """
 
 LABELS = "labels = torch.arange(10) % info['num_classes']"
@@ -85,6 +83,16 @@ def export_student(
     grid = explicit(timesteps, student.schedule)
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        _write_folder(temporary, student, grid, scheduler_config)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _write_folder(temporary: Path, student: Denoiser, grid: Tensor, scheduler_config: Any) -> None:
+    network: Any = student.network
     network.save_pretrained(temporary / "unet")
     make_scheduler(scheduler_config, student).save_pretrained(temporary / "scheduler")
     _write_json(temporary / METADATA, describe_student(student, grid))
@@ -100,8 +108,6 @@ def export_student(
     num_steps = len(grid) - 1
     card = CARD.format(num_steps=num_steps, nfe=num_steps * student.nfe, snippet=snippet(student))
     (temporary / "README.md").write_text(card)
-    temporary.rename(folder)
-    return folder
 
 
 def make_scheduler(scheduler_config: Any, student: Denoiser) -> DPMSolverMultistepScheduler:

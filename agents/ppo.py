@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 from stable_baselines3 import PPO
@@ -18,7 +19,13 @@ from torch import Tensor
 
 from redif_env import transition
 from redif_env.env import ReDiFEnv
-from redif_env.errors import InvalidArgumentError, ReDiFError, check_choice, check_number
+from redif_env.errors import (
+    InvalidArgumentError,
+    ReDiFError,
+    check_choice,
+    check_integer,
+    check_number,
+)
 from redif_env.loading import describe
 from redif_env.vector_env import ReDiFVectorEnv
 
@@ -137,6 +144,10 @@ class ReDiFPPO(PPO):
         self.rows_trained = 0
         self._explored_step: Tensor
         self.ema_decay = check_number("ema_decay", ema_decay, 0, 1)
+        if n_steps is not None:
+            n_steps = check_integer("n_steps", n_steps, 1)
+        batch_size = check_integer("batch_size", batch_size, 2)
+        n_epochs = check_integer("n_epochs", n_epochs, 1)
         if credit == "local" and ratio != "element":
             raise InvalidArgumentError("ratio", ratio, "credit='local' needs ratio='element'.")
         if credit == "local" and advantage == "gae":
@@ -175,9 +186,7 @@ class ReDiFPPO(PPO):
             _init_setup_model=False,
         )
         if _init_setup_model:
-            self._configure()
             self._setup_model()
-            self._load_teacher_weights()
 
     @property
     def trains_student(self) -> bool:
@@ -192,6 +201,21 @@ class ReDiFPPO(PPO):
         if isinstance(env, VectorEnv):
             return TorchVecEnv(env)
         return PPO._wrap_env(env, verbose, monitor_wrapper)
+
+    def _setup_model(self) -> None:
+        """As in Stable-Baselines3; at construction and in `load`."""
+        self._copies_teacher = False
+        if self.env is not None:
+            self._configure()
+        super()._setup_model()
+        self._load_teacher_weights()
+
+    def set_env(self, env: Any, force_reset: bool = True) -> None:
+        """As in Stable-Baselines3; the environment must have the student's schedule."""
+        super().set_env(env, force_reset)
+        self._configure()
+        if isinstance(self.rollout_buffer, TorchRolloutBuffer) and self.advantage == "group":
+            self.rollout_buffer.group_size = self.rollout_buffer_kwargs["group_size"]
 
     def _configure(self) -> None:
         """Settle what depends on the environment, and refuse what does not go together."""
@@ -251,6 +275,16 @@ class ReDiFPPO(PPO):
         defaults["eta"], defaults["min_std"] = _at(self.eta, 1.0), _at(self.min_std, 1.0)
         self._copies_teacher = "student" in defaults
         self.policy_kwargs = {**defaults, **self.policy_kwargs}
+        self._check_timesteps(defaults.get("timesteps"))
+
+    def _check_timesteps(self, grid: list[float] | None) -> None:
+        """The student's own times must be the environment's: it is not told them otherwise."""
+        given = self.policy_kwargs.get("timesteps", [])
+        own = [float(t) for t in given]
+        if grid is not None and [*own, 0.0][: len(grid)] != grid:
+            raise InvalidArgumentError(
+                "timesteps", own, f"the environment's schedule is {grid}: make them the same."
+            )
 
     def _configure_groups(self, base: Any) -> None:
         group_size = getattr(base, "group_size", 1)
@@ -278,7 +312,7 @@ class ReDiFPPO(PPO):
         self.rollout_buffer_kwargs.update(group_size=group_size, episode_length=length)
 
     def _load_teacher_weights(self) -> None:
-        if self.trains_student and self._copies_teacher:
+        if self._copies_teacher:
             teacher = self.env.env.unwrapped.teacher  # type: ignore[union-attr]
             self.policy.load_student(teacher.denoiser.network.state_dict())  # type: ignore[operator]
 
@@ -304,19 +338,24 @@ class ReDiFPPO(PPO):
             with torch.no_grad():
                 actions, record = self._act(observation, rollout_buffer)  # type: ignore[arg-type]
                 clipped = actions.clamp(low, high)
-                self._last_obs, rewards, dones, infos = env.step_tensor(clipped)  # type: ignore[assignment]
+                self._last_obs, rewards, ended, infos = env.step_tensor(clipped)  # type: ignore[assignment]
+            dones = HostView(ended)
             self.num_timesteps += env.num_envs
             callback.update_locals(locals())
             if not callback.on_step():
+                # The next rollout must not start inside an episode: its steps would be taken for
+                # those of others. Without an observation, learn() resets.
+                self._last_obs = None
+                self._last_episode_starts = None
                 return False
             statistics.add(infos)
             rollout_buffer.add(observation, actions, rewards, starts, **record)  # type: ignore[arg-type]
             if "reward_map" in infos and self.credit == "local":
                 rollout_buffer.add_reward_map(infos["reward_map"])
-            self._last_episode_starts = dones  # type: ignore[assignment]
+            self._last_episode_starts = ended  # type: ignore[assignment]
         with torch.no_grad():
             last_values = self.policy.predict_values(self._last_obs)  # type: ignore[arg-type]
-        rollout_buffer.compute_returns_and_advantage(last_values, dones)
+        rollout_buffer.compute_returns_and_advantage(last_values, ended)
         statistics.record(self.ep_info_buffer)
         callback.update_locals(locals())
         callback.on_rollout_end()
@@ -365,16 +404,16 @@ class ReDiFPPO(PPO):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """PPO's loss on a minibatch, and what to log of it."""
         if self.trains_student:
-            log_ratio, kl, values, entropy = self._evaluate_student(batch)
+            log_ratio, kl, error, values, entropy = self._evaluate_student(batch)
         else:
-            log_ratio, kl, values, entropy = self._evaluate_generic(batch)
+            log_ratio, kl, error, values, entropy = self._evaluate_generic(batch)
         policy_loss = losses.surrogate(log_ratio, self._advantages(batch), clip_range)
         loss = policy_loss
         statistics = {
             "policy_gradient_loss": policy_loss.detach(),
             "kl": kl,
             "clip_fraction": losses.clip_fraction(log_ratio, clip_range),
-            "ratio_error": log_ratio.detach().square().mean().sqrt(),
+            "ratio_error": error,
         }
         if values is not None:
             value_loss = losses.value_loss(values, batch.old_values, batch.returns, clip_range_vf)
@@ -388,7 +427,8 @@ class ReDiFPPO(PPO):
 
     def _evaluate_student(
         self, batch: RolloutBatch
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Log-ratios, KL an element, ratio error an element, values, entropy."""
         policy = self.policy
         assert batch.old is not None
         assert isinstance(policy, StudentPolicy)
@@ -399,9 +439,11 @@ class ReDiFPPO(PPO):
         if policy.value_critic is not None:
             values = policy.value_critic(batch.observations)
         log_ratio = losses.reduce_log_ratio(log_ratio_map, self.ratio)
-        return log_ratio, losses.kl_per_element(mean, batch.old), values, None
+        error = _root_mean_square(log_ratio_map)
+        return log_ratio, losses.kl_per_element(mean, batch.old), error, values, None
 
-    def _evaluate_generic(self, batch: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _evaluate_generic(self, batch: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The same of any policy: whole actions instead of elements."""
         actions = batch.actions
         if self.action_space.__class__.__name__ == "Discrete":
             actions = actions.long().flatten()
@@ -409,7 +451,8 @@ class ReDiFPPO(PPO):
         log_ratio = (log_prob - batch.old_log_prob).unsqueeze(1)
         if entropy is None:  # no closed form
             entropy = -log_prob
-        return log_ratio, losses.approximate_kl(log_ratio), values.flatten(), entropy
+        error = _root_mean_square(log_ratio)
+        return log_ratio, losses.approximate_kl(log_ratio), error, values.flatten(), entropy
 
     def _advantages(self, batch: Any) -> Tensor:
         """Advantages of a minibatch, `(B, D)` or `(B, 1)`."""
@@ -482,11 +525,20 @@ class ReDiFPPO(PPO):
             if values and name != "ratio_error":
                 self.logger.record(f"train/{name}", float(torch.stack(values).mean()))
         self.logger.record("train/ratio_error", float(history[0]["ratio_error"]))
+        if "value_loss" in history[0]:
+            self.logger.record("train/explained_variance", self._explained_variance())
         self.logger.record("train/clip_range", clip_range)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         if isinstance(self.policy, StudentPolicy):
             self.logger.record("train/eta", self.policy.eta)
             self.logger.record("train/min_std", self.policy.min_std)
+
+    def _explained_variance(self) -> float:
+        """Share of the returns' variance that the critic explains: 1 is all, 0 none."""
+        values, returns = (
+            torch.as_tensor(getattr(self.rollout_buffer, name)) for name in ("values", "returns")
+        )
+        return float(1 - (returns - values).var() / returns.var())
 
     def _setup_learn(
         self,
@@ -496,11 +548,12 @@ class ReDiFPPO(PPO):
         tb_log_name: str = "run",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
-        result = super()._setup_learn(
-            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
-        )
-        if isinstance(self.env, TorchVecEnv) and not isinstance(self._last_episode_starts, Tensor):
-            self._last_obs = self.env.last_observation  # type: ignore[assignment]
+        arguments = (total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        if not isinstance(self.env, TorchVecEnv):
+            return super()._setup_learn(*arguments)
+        with self.env.returning_tensors():
+            result = super()._setup_learn(*arguments)
+        if not isinstance(self._last_episode_starts, Tensor):
             self._last_episode_starts = torch.ones(  # type: ignore[assignment]
                 self.env.num_envs, dtype=torch.bool, device=self.env.device
             )
@@ -513,6 +566,16 @@ class ReDiFPPO(PPO):
             "_last_episode_starts",
             "_explored_step",
         ]
+
+
+class HostView:
+    """A tensor for callbacks: an array once somebody looks, and no transfer until then."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.tensor.cpu().numpy(), dtype)
 
 
 class _EpisodeStatistics:
@@ -531,10 +594,14 @@ class _EpisodeStatistics:
 
     def record(self, buffer: Any) -> None:
         """Append the means to Stable-Baselines3's episode buffer."""
-        returns, length, count = self.sums.tolist()
+        returns, length, count = (float(part) for part in self.sums.unbind())
         if count:
             elapsed = time.monotonic() - self.started
             buffer.append({"r": returns / count, "l": length / count, "t": elapsed})
+
+
+def _root_mean_square(log_ratio: Tensor) -> Tensor:
+    return log_ratio.detach().square().mean().sqrt()
 
 
 def _at(value: float | Schedule, progress_remaining: float) -> float:

@@ -6,8 +6,9 @@ the device.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -30,7 +31,6 @@ class TorchVecEnv(VecEnv):
 
     Attributes:
         env: The environment.
-        last_observation: The newest observation, as tensors.
 
     Raises:
         InvalidArgumentError: for an environment of another kind.
@@ -46,7 +46,7 @@ class TorchVecEnv(VecEnv):
                 "env", env.metadata.get("autoreset_mode"), "pass an environment of SAME_STEP mode."
             )
         self.env = env
-        self.last_observation: TensorObs = {}
+        self._returns_tensors = False
         self._actions: np.ndarray | None = None
         self._started = time.monotonic()
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
@@ -58,12 +58,10 @@ class TorchVecEnv(VecEnv):
 
     def reset_tensor(self) -> TensorObs:
         """Start new episodes; uses the seed and options that `seed` and `set_options` left."""
-        self.last_observation, _ = self.env.reset(
-            seed=self._seeds[0], options=self._options[0] or None
-        )
+        observation, _ = self.env.reset(seed=self._seeds[0], options=self._options[0] or None)
         self._reset_seeds()
         self._reset_options()
-        return self.last_observation
+        return observation
 
     def step_tensor(self, actions: Tensor) -> tuple[TensorObs, Tensor, Tensor, dict[str, Any]]:
         """Take a step without leaving the device.
@@ -76,11 +74,21 @@ class TorchVecEnv(VecEnv):
             the environment returned them.
         """
         observation, rewards, terminations, truncations, infos = self.env.step(actions)
-        self.last_observation = observation
+        self._truncations = truncations & ~terminations
         return observation, rewards, terminations | truncations, infos
 
-    def reset(self) -> dict[str, np.ndarray]:
-        return _numpy(self.reset_tensor())
+    @contextlib.contextmanager
+    def returning_tensors(self) -> Iterator[None]:
+        """Inside, `reset` returns tensors: Stable-Baselines3's `learn` calls no other method."""
+        self._returns_tensors = True
+        try:
+            yield
+        finally:
+            self._returns_tensors = False
+
+    def reset(self) -> Any:
+        observation = self.reset_tensor()
+        return observation if self._returns_tensors else _numpy(observation)
 
     def step_async(self, actions: np.ndarray) -> None:
         self._actions = actions
@@ -89,7 +97,8 @@ class TorchVecEnv(VecEnv):
         actions = torch.as_tensor(np.asarray(self._actions), device=self.device)
         observation, rewards, dones, infos = self.step_tensor(actions)
         host_dones = dones.cpu().numpy()
-        records = self._records(infos, host_dones)
+        truncated = self._truncations.cpu().numpy()
+        records = self._records(infos, host_dones, truncated)
         return _numpy(observation), rewards.cpu().numpy(), host_dones, records
 
     def close(self) -> None:
@@ -113,8 +122,10 @@ class TorchVecEnv(VecEnv):
     def env_method(
         self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any
     ) -> list[Any]:
-        """Call a method that returns one value a row, and give the values of `indices`."""
+        """Call a method that returns one value a row, or None; gives the values of `indices`."""
         values = getattr(self.env.unwrapped, method_name)(*method_args, **method_kwargs)
+        if values is None:
+            return [None] * self._count(indices)
         rows = range(self.num_envs) if indices is None else np.atleast_1d(indices)
         return [values[row] for row in rows]
 
@@ -126,7 +137,9 @@ class TorchVecEnv(VecEnv):
     def _count(self, indices: Any) -> int:
         return self.num_envs if indices is None else len(np.atleast_1d(indices))
 
-    def _records(self, infos: dict[str, Any], dones: np.ndarray) -> list[dict[str, Any]]:
+    def _records(
+        self, infos: dict[str, Any], dones: np.ndarray, truncated: np.ndarray
+    ) -> list[dict[str, Any]]:
         """SB3's list of infos; only rows that ended need any."""
         records: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         if not dones.any():
@@ -142,7 +155,7 @@ class TorchVecEnv(VecEnv):
                     "l": int(episode["l"][row]),
                     "t": elapsed,
                 },
-                "TimeLimit.truncated": False,
+                "TimeLimit.truncated": bool(truncated[row]),
             }
         return records
 

@@ -124,7 +124,10 @@ def _check_step(env: VectorEnv, output: Any, index: int) -> None:
         _require(name in infos, f"infos lacks {name!r} at a step where an episode ended")
     _check_observation(env, infos["final_obs"], "infos['final_obs']")
     for name in ("_final_obs", "_episode"):
+        _check_tensor(env, infos[name], torch.bool, f"infos[{name!r}]")
         _require(torch.equal(infos[name], ended), f"infos[{name!r}] is not the mask of ended rows")
+    same = _equal(infos["final_obs"], observation, ended)
+    _require(not same, f"step {index}: rows that ended did not start afresh")
     for name in ("r", "l"):
         _require(name in infos["episode"], f"infos['episode'] lacks {name!r}")
 
@@ -206,7 +209,7 @@ def _clone(value: Any) -> Any:
     return tuple(map(_clone, value)) if isinstance(value, tuple | list) else value
 
 
-def _equal(one: Any, two: Any, rows: slice = slice(None)) -> bool:
+def _equal(one: Any, two: Any, rows: slice | Tensor = slice(None)) -> bool:
     if isinstance(one, Tensor):
         return torch.equal(one[rows], two[rows])
     if isinstance(one, Mapping):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -48,6 +50,10 @@ class Denoiser(nn.Module):
         self.network = network
         self.schedule = schedule
         self.prediction_type = check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+        if not isinstance(latent_shape, Sequence):
+            raise InvalidArgumentError(
+                "latent_shape", latent_shape, "pass a shape such as (1, 8, 8)."
+            )
         self.latent_shape = tuple(check_integer("latent_shape", n, 1) for n in latent_shape)
         if num_classes is not None:
             num_classes = check_integer("num_classes", num_classes, 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 
 class ReDiFError(Exception):
     """Base class of every error that ReDiF raises on purpose."""
@@ -57,9 +59,13 @@ def _shorten(text: str, limit: int = 200) -> str:
 
 def check_integer(argument: str, value: object, minimum: int) -> int:
     """Return `value` as an int; raise `InvalidArgumentError` unless it is an integer >= minimum."""
-    if isinstance(value, bool) or not hasattr(value, "__index__") or int(value) < minimum:
+    try:
+        integer = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        integer = None
+    if integer is None or integer < minimum:
         raise InvalidArgumentError(argument, value, f"pass an integer of at least {minimum}.")
-    return int(value)
+    return integer
 
 
 def check_number(
@@ -68,7 +74,7 @@ def check_number(
     """Return `value` as a finite float in [minimum, maximum], or raise `InvalidArgumentError`."""
     try:
         number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         number = float("nan")
     if not minimum <= number <= maximum or number == float("inf"):
         upper = "" if maximum == float("inf") else f" and at most {maximum:g}"

@@ -177,11 +177,16 @@ def find_folder(source: str | Path) -> Path:
 def load_scheduler(folder: Path) -> SchedulerMixin:
     """The scheduler of a diffusers folder, of the class that its config names."""
     path = folder / "scheduler" / "scheduler_config.json"
-    name = _read_json(path).get("_class_name", "")
+    name = str(_read_json(path).get("_class_name"))
     kind = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
     if kind is None:
         raise TeacherFolderError("teacher", str(path), "name a diffusers scheduler as _class_name.")
-    return kind.from_pretrained(folder / "scheduler", local_files_only=True)
+    try:
+        return kind.from_pretrained(folder / "scheduler", local_files_only=True)
+    except Exception as error:  # diffusers raises many kinds for impossible settings
+        raise TeacherFolderError(
+            "teacher", str(path), f"the scheduler could not be made ({error}); restore the folder."
+        ) from error
 
 
 def _load_network(folder: Path) -> UNet2DModel:
@@ -193,13 +198,25 @@ def _load_network(folder: Path) -> UNet2DModel:
         )
     try:
         # use_safetensors: never unpickle a file from outside.
-        return UNet2DModel.from_pretrained(
-            path, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False
+        network, report = UNet2DModel.from_pretrained(
+            path,
+            local_files_only=True,
+            use_safetensors=True,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
         )
     except Exception as error:  # diffusers raises many kinds for a damaged folder
         raise TeacherFolderError(
             "teacher", str(path), f"the weights could not be read ({error}); restore the folder."
         ) from error
+    wrong = [*report["missing_keys"], *report["unexpected_keys"]]
+    if wrong:  # diffusers would go on with random ones
+        raise TeacherFolderError(
+            "teacher", str(path), f"weights are missing or of another network: {wrong[:3]}."
+        )
+    if network.config.sample_size is None:
+        raise TeacherFolderError("teacher", str(path), "give its config a sample_size.")
+    return network
 
 
 def _read_metadata(folder: Path) -> dict[str, Any]:

@@ -54,6 +54,7 @@ def make_grid(
 
 def uniform(schedule: NoiseSchedule, num_steps: int) -> Tensor:
     """Evenly spaced times, ending in a step to 0: diffusers' `timestep_spacing="trailing"`."""
+    num_steps = check_integer("num_steps", num_steps, 1)
     length = schedule.num_train_timesteps
     offset = length - schedule.max_timestep
     ramp = torch.arange(num_steps, 0, -1, dtype=torch.float64) * (length / num_steps)
@@ -62,6 +63,7 @@ def uniform(schedule: NoiseSchedule, num_steps: int) -> Tensor:
 
 def karras(schedule: NoiseSchedule, num_steps: int, rho: float = 7.0) -> Tensor:
     """Times whose sigma/alpha follow Karras et al. 2022, eq. 5, from at most 80 to the data."""
+    num_steps = check_integer("num_steps", num_steps, 1)
     times = schedule.snap(torch.arange(1.0, schedule.max_timestep + 1))
     ratio = (schedule.sigma(times) / schedule.alpha(times)).double()
     high = min(KARRAS_SIGMA_MAX, float(ratio[-1])) ** (1 / rho)

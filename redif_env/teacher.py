@@ -93,10 +93,20 @@ class Teacher:
             self.denoiser.prediction_type,
             self.denoiser.num_classes,
             self.denoiser.null_class,
+            self.denoiser.latent_shape,
+            self.denoiser.schedule.initial_std,
+            *_architecture(self.denoiser.network),
         ]
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
         _update(digest, self.denoiser.network.state_dict())
         return digest.hexdigest()
+
+
+def _architecture(network: Any) -> list[Any]:
+    """Name and settings of a network: the same weights can be read in more than one way."""
+    config = getattr(network, "config", {})
+    public = {name: value for name, value in config.items() if name[0] != "_"}
+    return [type(network).__name__, public]
 
 
 @dataclasses.dataclass(frozen=True)

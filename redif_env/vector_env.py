@@ -153,13 +153,14 @@ class ReDiFVectorEnv(VectorEnv):
         }
         step_cost = check_number("step_cost", step_cost)
         residual_scale = check_number("residual_scale", residual_scale)
-        default_bound = RESIDUAL_BOUND if residual else LATENT_BOUND
-        bound = default_bound if action_bound is None else action_bound
-        self.action_bound = check_number("action_bound", bound, minimum=1e-6)
+        if action_bound is not None:
+            action_bound = check_number("action_bound", action_bound, minimum=1e-6)
         reward = make_reward(reward)
         self.teacher = _as_teacher(teacher, device)
         self.device = self.teacher.device
         denoiser = self.teacher.denoiser
+        default = RESIDUAL_BOUND if residual else LATENT_BOUND * denoiser.schedule.initial_std
+        self.action_bound = default if action_bound is None else action_bound
         timesteps, max_steps = _resolve_schedule(schedule, denoiser.schedule, num_steps)
         self.process = mdp.Process(
             schedule=denoiser.schedule,
@@ -246,8 +247,9 @@ class ReDiFVectorEnv(VectorEnv):
             InvalidRewardError: for a reward of the wrong shape, or (with the same delay) one that
                 is not finite.
         """
+        before = self.state
         action = self._check_action(actions)
-        state = mdp.transition(self.process, self.state, action)
+        state = mdp.transition(self.process, before, action)
         self._step_count += 1
         may_end = self._may_end()
         infos: dict[str, Any] = {}
@@ -320,14 +322,15 @@ class ReDiFVectorEnv(VectorEnv):
         except (TypeError, ValueError, RuntimeError):
             tasks = torch.empty(0)
         size = len(self.bank)
-        fits = tasks.shape == (self.num_envs,) and tasks.dtype == torch.int64
+        whole = tasks.dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+        fits = tasks.shape == (self.num_envs,) and whole
         if not fits or bool((tasks < 0).any()) or bool((tasks >= size).any()):
             raise InvalidArgumentError(
                 "options['tasks']",
                 options["tasks"],
                 f"pass {self.num_envs} integers, each in [0, {size}).",
             )
-        return tasks.to(self.device)
+        return tasks.to(self.device, torch.int64)
 
     def _check_action(self, actions: Tensor | np.ndarray) -> Tensor:
         try:
@@ -339,27 +342,32 @@ class ReDiFVectorEnv(VectorEnv):
         if action.shape != (self.num_envs, len(self._high)):
             wanted = (self.num_envs, len(self._high))
             raise InvalidActionError("actions.shape", tuple(action.shape), f"pass {wanted}.")
-        action = action.to(self._high)
-        outside = (action.abs() > self._high) & action.isfinite()
-        self._bad_action |= torch.stack([~action.isfinite().all(), outside.any()])
+        action = action.detach().to(self._high)
+        finite = action.isfinite()
+        outside = (action.abs() > self._high) & finite
+        self._bad_action |= torch.stack([~finite.all(), outside.any()])
         if self.device.type == "cpu":
             self._raise_flags()  # before the state changes
-        return action
+        # A tensor of our own; and no table is indexed with NaN before the flag is looked at.
+        return torch.where(finite, action, 0.0)
 
     def _raise_flags(self) -> None:
-        bad, outside = self._bad_action.unbind()
-        if bool(bad):
+        bad, outside, reward = (bool(flag) for flag in (*self._bad_action, self._bad_reward))
+        if bad or outside or reward:
+            self._bad_action = torch.zeros_like(self._bad_action)
+            self._bad_reward = torch.zeros_like(self._bad_reward)
+        if bad:
             raise InvalidActionError(
                 "actions", "NaN or infinity", "pass finite values; lower the learning rate."
             )
-        if bool(outside):
+        if outside:
             raise InvalidActionError(
                 "actions",
                 "outside the action space",
                 f"clip the step output to +-{self.action_bound:g} and the choice to +-1, or pass a "
                 "larger action_bound.",
             )
-        if bool(self._bad_reward):
+        if reward:
             raise InvalidRewardError(
                 f"reward {self.process.reward.name!r} returned",
                 "NaN or infinity",
@@ -372,7 +380,7 @@ class ReDiFVectorEnv(VectorEnv):
         length = torch.where(ended, state.step_index, 0)
         infos = {
             "final_obs": mdp.observation(self.process, state),
-            "_final_obs": ended,
+            "_final_obs": ended.clone(),
             "episode": {
                 "r": rewards.clone(),
                 "l": length,
@@ -406,9 +414,8 @@ def task_hash(number: Tensor, seed: int) -> Tensor:
     Drawing by hash instead of a generator makes an episode's task a function of the seed and its
     number alone, so rows can end at different times without the host knowing.
     """
-    x = number + _signed(seed * 0x9E3779B97F4A7C15)
+    x = number + _signed((seed + 1) * 0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = x + _signed(0x9E3779B97F4A7C15)
         x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
     return (x ^ ((x >> 31) & ((1 << 33) - 1))) & ((1 << 62) - 1)
 
@@ -459,6 +466,8 @@ def _resolve_schedule(
 
 
 def _check_bank(bank: TeacherBank, denoiser: Denoiser) -> TeacherBank:
+    if not isinstance(bank, TeacherBank):
+        raise InvalidArgumentError("bank", bank, "pass a TeacherBank, such as TeacherBank.build's.")
     shape = tuple(bank.x_T.shape[1:])
     if not len(bank) or shape != denoiser.latent_shape or bank.teacher_x_0.shape != bank.x_T.shape:
         raise InvalidArgumentError(
@@ -469,5 +478,9 @@ def _check_bank(bank: TeacherBank, denoiser: Denoiser) -> TeacherBank:
             "bank",
             "without conditions" if bank.condition is None else "with conditions",
             "pass a bank that was built with this teacher.",
+        )
+    if bank.condition is not None and bank.condition.shape != (len(bank),):
+        raise InvalidArgumentError(
+            "bank", f"conditions {tuple(bank.condition.shape)}", "pass a class for each task."
         )
     return bank

@@ -46,6 +46,8 @@ class Reward(ABC):
         raise InvalidArgumentError("reward", self.name, "it has no map: use credit='global'.")
 
     def __add__(self, other: Reward) -> Reward:
+        if not isinstance(other, Reward):
+            raise InvalidArgumentError("reward", other, "add rewards to rewards only.")
         return WeightedSum([*_terms(self), *_terms(other)])
 
     def __mul__(self, weight: float) -> Reward:

@@ -192,14 +192,18 @@ def grey(values):
 
 
 def test_the_prediction_is_the_teachers(make, teacher, bank):
-    env = make(render_mode="rgb_array")
+    """At the noisiest time, and near the data."""
+    env = make(render_mode="rgb_array", schedule=[999, 100])
     env.reset(options={"tasks": [4]})
-    t = torch.full((1,), 999.0)
-    with torch.no_grad():
-        x0_pred = teacher.denoiser(bank.x_T[4:5], t, bank.condition[4:5])
-    wanted = grey(x0_pred.clamp(-1, 1).numpy())
-    # One level of 255: the batch's sums may round the other way.
-    np.testing.assert_allclose(panel(env.render(), 1).astype(int), wanted, atol=1)
+    x_t = bank.x_T[4:5]
+    for t in (999.0, 100.0):
+        with torch.no_grad():
+            x0_pred = teacher.denoiser(x_t, torch.tensor([t]), bank.condition[4:5])
+        wanted = grey(x0_pred.clamp(-1, 1).numpy())
+        # One level of 255: the batch's sums may round the other way.
+        np.testing.assert_allclose(panel(env.render(), 1).astype(int), wanted, atol=1)
+        x_t = bank.teacher_x_0[4:5] + 0.1 * x_t
+        env.step(x_t.flatten().numpy())
 
 
 def test_no_render_mode_renders_nothing(make):
