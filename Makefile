@@ -35,7 +35,7 @@ format: $(READY) ## Bring the code into style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-teacher: $(READY) ## Retrain the bundled teacher (about 15 minutes on two cores)
+teacher: $(READY) ## Retrain the bundled teacher (under ten minutes on two cores)
 	$(BIN)/python examples/train_teacher.py $(ARGS)
 
 bench: $(READY) ## Measure rollout and update against the bare network

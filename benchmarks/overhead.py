@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 from tqdm.auto import trange
 
 from agents import ReDiFPPO
 from redif_env import ReDiFVectorEnv, TeacherBank, load_teacher
+from redif_env.errors import require
 
 
 @dataclasses.dataclass
@@ -132,4 +132,4 @@ def main(args: Args) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(require("tyro", "examples").cli(Args))

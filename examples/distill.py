@@ -9,10 +9,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from agents import distill
 from agents.distillation import next_free
+from redif_env.errors import require
 
 
 @dataclasses.dataclass
@@ -112,4 +111,4 @@ def _format(value: float | None, spec: str) -> str:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(require("tyro", "examples").cli(Args))

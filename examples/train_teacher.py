@@ -1,6 +1,6 @@
 """Train the bundled teacher: a class-conditional diffusion model of 8x8 digits, and its judge.
 
-`make teacher` runs this and writes `redif_env/assets/digits`. Takes about 15 minutes on two cores.
+`make teacher` runs this and writes `redif_env/assets/digits`. Takes under ten minutes on two cores.
 """
 
 from __future__ import annotations
@@ -12,16 +12,14 @@ import time
 from pathlib import Path
 
 import torch
-import tyro
 from diffusers import DDIMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import trange
 
 from agents.evaluation import JUDGE_FOLDER, Judge, frechet_distance, label_agreement
+from redif_env.errors import require
 from redif_env.loading import METADATA, load_teacher
 from redif_env.teacher import split_seed
 
@@ -67,8 +65,8 @@ class Digits:
     @classmethod
     def load(cls, device: str) -> Digits:
         """scikit-learn's digits; a stratified third is held out, always the same."""
-        data = load_digits()
-        split = train_test_split(
+        data = require("sklearn.datasets", "examples").load_digits()
+        split = require("sklearn.model_selection", "examples").train_test_split(
             data.images / 8 - 1, data.target, test_size=0.3, random_state=0, stratify=data.target
         )
         images, held_out_images, classes, held_out_classes = map(torch.as_tensor, split)
@@ -278,4 +276,4 @@ def main(args: Args) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(require("tyro", "examples").cli(Args))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import operator
+from types import ModuleType
 
 
 class ReDiFError(Exception):
@@ -51,6 +53,22 @@ class MissingExtraError(ReDiFError, ImportError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package} is not installed: pip install redif[{extra}]")
+
+
+def require(package: str, extra: str) -> ModuleType:
+    """Import an optional dependency.
+
+    Args:
+        package: Name to import.
+        extra: The extra of `redif` that installs it.
+
+    Raises:
+        MissingExtraError: if it is not installed.
+    """
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(package, extra) from error
 
 
 def _shorten(text: str, limit: int = 200) -> str:

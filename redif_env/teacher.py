@@ -175,6 +175,9 @@ class TeacherBank:
         check_choice("split", split, SPLITS)
         key = f"{teacher.fingerprint()[:32]}-{split}-{seed}-{size}"
         path = cache_folder(cache_dir) / f"bank-{key}.safetensors"
+        bank = _read(path, key)
+        if bank is not None:
+            return bank.to(teacher.device)
         with _cache_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             # Two processes that want the same bank: the second waits, then reads.
