@@ -40,9 +40,9 @@ class Args:
     """Noise factor while exploring."""
     min_std: float = 0.02
     """Smallest exploration std, in latent units."""
-    bank_size: int = 8192
+    bank_size: int = 6144
     """Training tasks that the teacher answers."""
-    num_held_out: int = 2000
+    num_held_out: int = 1000
     """Test tasks that the figures are measured on."""
     seed: int = 0
     """Seed of training."""
