@@ -40,6 +40,11 @@ def gae(
     return advantages
 
 
+def batch_relative(returns: Tensor) -> Tensor:
+    """Returns, float32 `(E, N, ...)`, minus their mean over their std: DDPO's whitening."""
+    return (returns - returns.mean()) / (returns.std() + 1e-8)
+
+
 def group_relative(returns: Tensor, group_size: int) -> Tensor:
     """Returns minus the mean of their group, over one global standard deviation.
 

@@ -9,9 +9,10 @@ import torch
 from stable_baselines3.common.buffers import RolloutBuffer
 from torch import Tensor
 
+from redif_env.rewards import fit_map
 from redif_env.transition import Gaussian
 
-from .advantages import gae, group_relative
+from .advantages import batch_relative, gae, group_relative
 
 
 class RolloutBatch(NamedTuple):
@@ -42,8 +43,12 @@ class TorchRolloutBuffer(RolloutBuffer):
     Args:
         buffer_size, observation_space, action_space, device, gae_lambda, gamma, n_envs: as in
             Stable-Baselines3.
-        advantage: `"gae"`, from the critic's values, or `"group"`, relative to the group's mean.
+        advantage: `"gae"`, from the critic's values; `"group"`, relative to the group's mean, or
+            `"batch"`, to the rollout's.
         credit: `"global"`, one advantage a row, or `"local"`, one an element, from reward maps.
+        local_weight: Share of local credit; the rest is global.
+        local_radius: Elements around its place whose reward an element is credited with.
+        advantage_clip: Largest size of a normalised advantage, or None.
         group_size: Neighbouring rows that share tasks.
         episode_length: Steps of every episode, for `"group"`; T must be a multiple of it.
         stochastic_steps: `"all"`, or `"one"` when only one step of each trajectory explored: the
@@ -57,6 +62,9 @@ class TorchRolloutBuffer(RolloutBuffer):
         *args: Any,
         advantage: str = "gae",
         credit: str = "global",
+        local_weight: float = 1.0,
+        local_radius: int = 0,
+        advantage_clip: float | None = None,
         group_size: int = 1,
         episode_length: int = 1,
         stochastic_steps: str = "all",
@@ -65,6 +73,10 @@ class TorchRolloutBuffer(RolloutBuffer):
     ) -> None:
         self.advantage = advantage
         self.credit = credit
+        self.local_weight = local_weight
+        self.local_radius = local_radius
+        self.advantage_clip = advantage_clip
+        self.advantage_scale = torch.zeros(())
         self.group_size = group_size
         self.episode_length = episode_length
         self.stochastic_steps = stochastic_steps
@@ -115,7 +127,9 @@ class TorchRolloutBuffer(RolloutBuffer):
 
     def add_reward_map(self, reward_map: Tensor) -> None:
         """Store the reward map, `(N, *latent_shape)`, of the episode that the last step ended."""
-        self._put_episode("reward_map", reward_map, (self.pos - 1) // self.episode_length)
+        latent_shape = self._store["mean"].shape[2:]
+        fitted = fit_map(reward_map, latent_shape, self.local_radius)
+        self._put_episode("reward_map", fitted, (self.pos - 1) // self.episode_length)
 
     def add_explored_step(self, step_index: Tensor) -> None:
         """Store which step of the episode that starts now explores, int64 `(N,)`."""
@@ -135,13 +149,32 @@ class TorchRolloutBuffer(RolloutBuffer):
                 self.gamma,
                 self.gae_lambda,
             )
+            self.advantage_scale = advantages.std()
             self._store["advantages"] = advantages
             self._store["returns"] = advantages + values
             return
         returns = rewards.unflatten(0, (-1, self.episode_length)).sum(1)
-        outcome = returns if self.credit == "global" else self._store["reward_map"].flatten(2)
-        self._store["advantages"] = group_relative(outcome, self.group_size)
+        advantages = self._episode_advantages(returns)
+        if self.advantage_clip is not None:
+            advantages = advantages.clamp(-self.advantage_clip, self.advantage_clip)
+        self._store["advantages"] = advantages
         self._store["returns"] = returns.repeat_interleave(self.episode_length, 0)
+
+    def _episode_advantages(self, returns: Tensor) -> Tensor:
+        """Advantages of whole episodes, `(E, N)`, or `(E, N, D)` with local credit."""
+        self.advantage_scale = returns.std()
+        if self.credit == "global":
+            return self._relative(returns)
+        local = self._relative(self._store["reward_map"].flatten(2))
+        if self.local_weight == 1:
+            return local
+        rest = self._relative(returns).unsqueeze(2)
+        return self.local_weight * local + (1 - self.local_weight) * rest
+
+    def _relative(self, outcome: Tensor) -> Tensor:
+        if self.advantage == "batch":
+            return batch_relative(outcome)
+        return group_relative(outcome, self.group_size)
 
     def get(self, batch_size: int | None = None) -> Generator[RolloutBatch, None, None]:  # type: ignore[override]
         """Minibatches that together hold every stochastic transition once, in random order."""

@@ -26,6 +26,7 @@ from redif_env.rewards import Reward, make_reward
 from redif_env.teacher import Teacher, TeacherBank
 from redif_env.vector_env import ReDiFVectorEnv
 
+from . import presets
 from .callbacks import HeldOutEvaluation, ProgressBar
 from .evaluation import JUDGE_FOLDER, Judge, compare
 from .export import export_student
@@ -74,14 +75,15 @@ def distill(
     reward: str | Reward = "mse",
     iterations: int = 250,
     num_envs: int = 512,
-    group_size: int = 2,
-    batch_size: int = 256,
-    learning_rate: float = 2e-4,
-    stochastic_steps: str = "one",
-    antithetic: bool = True,
-    eta: float = 0.1,
-    min_std: float = 0.02,
-    ema_decay: float = 0.95,
+    preset: str = "default",
+    group_size: int | None = None,
+    batch_size: int | None = None,
+    learning_rate: float | None = None,
+    stochastic_steps: str | None = None,
+    antithetic: bool | None = None,
+    eta: float | None = None,
+    min_std: float | None = None,
+    ema_decay: float | None = None,
     bank_size: int = 6144,
     num_held_out: int = 1000,
     eval_every: int = 10,
@@ -100,9 +102,10 @@ def distill(
         reward: A `Reward` or the name of one. One with a map gets local credit.
         iterations: Rollouts of `num_envs` trajectories, each followed by an update.
         num_envs: Trajectories of a rollout.
+        preset: Recipe, see `presets.PRESETS`; what follows, to `ema_decay`, defaults to its values.
         group_size: Trajectories that share noise and class; their mean is the baseline.
         batch_size: Transitions of a minibatch.
-        learning_rate: Initial learning rate; falls linearly to 0.
+        learning_rate: Initial learning rate.
         stochastic_steps, antithetic: Where and how to explore, see `ReDiFPPO`.
         eta: Noise factor of the kernel while exploring.
         min_std: Smallest exploration std, in latent units.
@@ -124,30 +127,30 @@ def distill(
     iterations = check_integer("iterations", iterations, 1)
     num_held_out = check_integer("num_held_out", num_held_out, 100)
     num_steps = check_integer("num_steps", num_steps, 1)
-    learning_rate = check_number("learning_rate", learning_rate)
+    recipe = presets.preset(preset)
     folder = _check_out(out)
     reward = make_reward(reward)
     teacher = _as_teacher(teacher, device)
     noise = teacher.denoiser.schedule
     uniform = schedules.uniform(noise, num_steps)
     given = None if schedule == SEARCH else schedules.make_grid(schedule, noise, num_steps)
-    env_options = {
-        "reward": reward,
-        "group_size": group_size,
-        "bank_size": bank_size,
-        "seed": seed,
-    }
-    agent_options = {
-        "learning_rate": LinearSchedule(learning_rate, 0.0, 1.0),
-        "batch_size": batch_size,
-        "stochastic_steps": stochastic_steps,
-        "antithetic": antithetic,
-        "eta": eta,
-        "min_std": min_std,
-        "ema_decay": ema_decay,
-        "credit": "local" if reward.has_map else "global",
-        "seed": seed,
-    }
+    env_options = _given(recipe["env"], group_size=group_size)
+    env_options.update(reward=reward, bank_size=bank_size, seed=seed)
+    agent_options = _given(
+        recipe["agent"],
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        stochastic_steps=stochastic_steps,
+        antithetic=antithetic,
+        eta=eta,
+        min_std=min_std,
+        ema_decay=ema_decay,
+        credit=None if reward.has_map else "global",
+        seed=seed,
+        policy_kwargs=recipe["policy"],
+    )
+    rate = check_number("learning_rate", agent_options["learning_rate"])
+    agent_options["learning_rate"] = LinearSchedule(rate, 0.0 if recipe["decay"] else rate, 1.0)
     check_integer("eval_every", eval_every, 1)
     # Everything is made once on the uniform grid, so that bad options meet their errors before the
     # teacher is asked and the grid is searched.
@@ -223,6 +226,11 @@ def _check_out(out: str | Path | None) -> Path | None:
     if Path(out).exists():
         raise InvalidArgumentError("out", str(out), "it exists; choose another name or remove it.")
     return Path(out)
+
+
+def _given(defaults: dict[str, Any], **arguments: Any) -> dict[str, Any]:
+    """The defaults, and the arguments that are not None in their place."""
+    return {**defaults, **{name: value for name, value in arguments.items() if value is not None}}
 
 
 def _as_teacher(teacher: str | Path | Teacher, device: str | None) -> Teacher:

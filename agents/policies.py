@@ -98,6 +98,7 @@ class StudentPolicy(ActorCriticPolicy):
         eta: Noise factor of the kernel while exploring, in [0, 1].
         min_std: Smallest standard deviation while exploring, in latent units; > 0.
         exploration_mean: `"ode"` or `"sde"`, see `redif_env.transition.exploration`.
+        reference: Whether to keep a frozen copy of the student that training starts from.
         critic: Whether to build a value network.
         critic_width: Hidden units of the value network.
         critic_lr_scale: Its learning rate, as a multiple of the actor's.
@@ -108,6 +109,7 @@ class StudentPolicy(ActorCriticPolicy):
         denoiser: The student that is trained; always in evaluation mode, so that dropout can not
             make rollout and update disagree.
         ema_denoiser: Moving average of its weights: what is evaluated and exported.
+        reference_denoiser: The student that training started from, or None.
     """
 
     def __init__(
@@ -121,6 +123,7 @@ class StudentPolicy(ActorCriticPolicy):
         eta: float = 0.1,
         min_std: float = 0.02,
         exploration_mean: str = "ode",
+        reference: bool = False,
         critic: bool = False,
         critic_width: int = 256,
         critic_lr_scale: float = 10.0,
@@ -138,6 +141,7 @@ class StudentPolicy(ActorCriticPolicy):
         self.settings: dict[str, Any] = {
             "student": student,
             "timesteps": [float(t) for t in timesteps],
+            "reference": reference,
             "critic": critic,
             "critic_width": critic_width,
             "critic_lr_scale": check_number("critic_lr_scale", critic_lr_scale),
@@ -158,6 +162,9 @@ class StudentPolicy(ActorCriticPolicy):
         settings = self.settings
         self.denoiser = make_student(settings["student"]).eval().requires_grad_(True)
         self.ema_denoiser = copy.deepcopy(self.denoiser).requires_grad_(False)
+        self.reference_denoiser = (
+            copy.deepcopy(self.ema_denoiser) if settings["reference"] else None
+        )
         _check_spaces(self.observation_space, self.action_space, self.denoiser)
         grid = explicit(settings["timesteps"], self.denoiser.schedule)
         self.timesteps: Tensor
@@ -201,13 +208,22 @@ class StudentPolicy(ActorCriticPolicy):
         """Means of the exploring Gaussians, `(N, *latent_shape)`, with gradients."""
         return self.get_distribution(obs).gaussian.mean
 
+    def reference_means(self, obs: Mapping[str, Tensor]) -> Tensor:
+        """Means that the reference would explore around, `(N, *latent_shape)`."""
+        if self.reference_denoiser is None:
+            raise InvalidArgumentError("reference", False, "make the policy with reference=True.")
+        return self._distribution(self.reference_denoiser, obs).gaussian.mean
+
     def get_distribution(self, obs: Mapping[str, Tensor]) -> KernelDistribution:  # type: ignore[override]
+        return self._distribution(self.denoiser, obs)
+
+    def _distribution(self, denoiser: Denoiser, obs: Mapping[str, Tensor]) -> KernelDistribution:
         x_t, t, s = obs["latents"], *self._times(obs)
         condition = obs["condition"].long().flatten() if "condition" in obs else None
         distribution = KernelDistribution(
-            self.denoiser.schedule, self.eta, self.min_std, self.exploration_mean
+            denoiser.schedule, self.eta, self.min_std, self.exploration_mean
         )
-        return distribution.proba_distribution(x_t, self.denoiser(x_t, t, condition), t, s)
+        return distribution.proba_distribution(x_t, denoiser(x_t, t, condition), t, s)
 
     def forward(  # type: ignore[override]
         self, obs: Mapping[str, Tensor], deterministic: bool = False
@@ -240,9 +256,10 @@ class StudentPolicy(ActorCriticPolicy):
         torch._foreach_lerp_(averaged, trained, 1 - decay)
 
     def load_student(self, state: Mapping[str, Tensor]) -> None:
-        """Start from these weights of the network, the average too."""
-        self.denoiser.network.load_state_dict(state)
-        self.ema_denoiser.network.load_state_dict(state)
+        """Start from these weights of the network, the average and the reference too."""
+        for denoiser in (self.denoiser, self.ema_denoiser, self.reference_denoiser):
+            if denoiser is not None:
+                denoiser.network.load_state_dict(state)
 
     def _values(self, obs: Mapping[str, Tensor]) -> Tensor:
         if self.value_critic is None:

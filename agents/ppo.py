@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 from stable_baselines3 import PPO
@@ -27,23 +25,31 @@ from redif_env.errors import (
     check_number,
 )
 from redif_env.loading import describe
+from redif_env.transition import Gaussian
 from redif_env.vector_env import ReDiFVectorEnv
 
 from . import losses
 from .buffers import RolloutBatch, TorchRolloutBuffer
+from .divergences import DIVERGENCES, AdaptiveCoefficient, check_divergence, divergence_map
 from .policies import StudentPolicy
+from .statistics import EpisodeStatistics, HostView
 from .vec_env import TorchVecEnv
 
-ADVANTAGES = ("group", "gae")
+ADVANTAGES = ("group", "batch", "gae")
 CREDITS = ("local", "global")
 STOCHASTIC_STEPS = ("all", "one")
 # Root-mean-square log-ratio an element before the first update. float32 on different batch sizes
 # gives about 1e-5; active dropout, another guidance scale or mixed dtypes give 0.1 and more.
 RATIO_TOLERANCE = 1e-2
+MAX_SKIPPED = 3  # updates in a row that may have no finite loss or gradient
 
 
 class RatioError(ReDiFError, RuntimeError):
     """The policy no longer gives the probabilities it acted with, before any update was made."""
+
+
+class TrainingDivergedError(ReDiFError, RuntimeError):
+    """Several updates in a row had a loss or gradient that is not finite."""
 
 
 class ReDiFPPO(PPO):
@@ -66,9 +72,13 @@ class ReDiFPPO(PPO):
         max_grad_norm: Largest gradient norm; with a critic, of actor and critic each.
         ratio: `"element"`, `"mean"` or `"sum"`; see `losses.reduce_log_ratio`.
         advantage: `"group"`: relative to the other rollouts of the same task (the environment's
-            `group_size` must be at least 2); `"gae"`: relative to a critic.
+            `group_size` must be at least 2); `"batch"`: to all of the rollout (DDPO); `"gae"`:
+            relative to a critic.
         credit: `"local"`: each element is credited with the reward of its own place, from the
             reward's map; `"global"`: all with the whole reward.
+        local_weight: Share of local credit in the mixture with global credit, in [0, 1].
+        local_radius: Elements around its own place whose reward an element is credited with.
+        advantage_clip: Largest size of a normalised advantage; None does not clip.
         stochastic_steps: `"all"`, or `"one"`: a single random step of each trajectory explores (the
             same one in a group), so that all of the return's variance belongs to it; only that
             step is trained on. Default: `"one"` with groups, else `"all"`.
@@ -80,6 +90,13 @@ class ReDiFPPO(PPO):
         target_kl: Stop the epochs of an iteration beyond 1.5 times this KL; an *element* of the
             action with a `StudentPolicy`, of the whole action with other policies (as in
             Stable-Baselines3).
+        adaptive_lr: Whether to divide or multiply the learning rate by 1.5 after an iteration whose
+            KL was more than 1.5 times, or less than two thirds of, `target_kl`.
+        divergence: Penalise this divergence of the student's steps from those of the student that
+            training started from: one of `divergences.DIVERGENCES`; None for none.
+        divergence_coef: The penalty's coefficient; its initial value with a target.
+        divergence_alpha: Order of `"renyi"` and `"power"`.
+        divergence_target: Adapt the coefficient so that the divergence an element stays near this.
         policy_kwargs: For the policy. With `StudentPolicy`, `student` and `timesteps` default to
             the environment's teacher and grid.
         rollout_buffer_class, rollout_buffer_kwargs, stats_window_size, tensorboard_log, verbose,
@@ -90,7 +107,8 @@ class ReDiFPPO(PPO):
 
     Raises:
         InvalidArgumentError: for options that do not go together, at construction.
-        RatioError: from `learn`, see there.
+        RatioError: from `learn`, if the first update does not start at ratio 1.
+        TrainingDivergedError: from `learn`, after three updates in a row without a finite loss.
     """
 
     policy_aliases = {**PPO.policy_aliases, "StudentPolicy": StudentPolicy}  # noqa: RUF012
@@ -115,12 +133,20 @@ class ReDiFPPO(PPO):
         ratio: str = "element",
         advantage: str = "group",
         credit: str = "local",
+        local_weight: float = 1.0,
+        local_radius: int = 0,
+        advantage_clip: float | None = None,
         stochastic_steps: str | None = None,
         antithetic: bool | None = None,
         eta: float | Schedule = 0.1,
         min_std: float | Schedule = 0.02,
         ema_decay: float = 0.95,
         target_kl: float | None = None,
+        adaptive_lr: bool = False,
+        divergence: str | None = None,
+        divergence_coef: float = 1.0,
+        divergence_alpha: float = 0.5,
+        divergence_target: float | None = None,
         rollout_buffer_class: type[RolloutBuffer] | None = None,
         rollout_buffer_kwargs: dict[str, Any] | None = None,
         stats_window_size: int = 100,
@@ -134,6 +160,13 @@ class ReDiFPPO(PPO):
         self.ratio = check_choice("ratio", ratio, losses.RATIOS)
         self.advantage = check_choice("advantage", advantage, ADVANTAGES)
         self.credit = check_choice("credit", credit, CREDITS)
+        self.local_weight = check_number("local_weight", local_weight, 0, 1)
+        self.local_radius = check_integer("local_radius", local_radius, 0)
+        if advantage_clip is not None:
+            advantage_clip = check_number("advantage_clip", advantage_clip, 1e-6)
+        self.advantage_clip = advantage_clip
+        self._configure_penalty(divergence, divergence_coef, divergence_alpha, divergence_target)
+        self._configure_trust_region(target_kl, adaptive_lr)
         grouped = advantage == "group"
         if stochastic_steps is None:
             stochastic_steps = "one" if grouped else "all"
@@ -212,9 +245,14 @@ class ReDiFPPO(PPO):
 
     def set_env(self, env: Any, force_reset: bool = True) -> None:
         """As in Stable-Baselines3; the environment must have the student's schedule."""
+        before = self.env
         super().set_env(env, force_reset)
-        self._configure()
-        if isinstance(self.rollout_buffer, TorchRolloutBuffer) and self.advantage == "group":
+        try:
+            self._configure()
+        except InvalidArgumentError:
+            self.env = before
+            raise
+        if isinstance(self.rollout_buffer, TorchRolloutBuffer) and self.advantage != "gae":
             self.rollout_buffer.group_size = self.rollout_buffer_kwargs["group_size"]
 
     def _configure(self) -> None:
@@ -234,6 +272,9 @@ class ReDiFPPO(PPO):
         self.rollout_buffer_kwargs = {
             "advantage": self.advantage,
             "credit": self.credit,
+            "local_weight": self.local_weight,
+            "local_radius": self.local_radius,
+            "advantage_clip": self.advantage_clip,
             "stochastic_steps": self.stochastic_steps,
             "seed": self.seed or 0,
             **self.rollout_buffer_kwargs,
@@ -241,10 +282,31 @@ class ReDiFPPO(PPO):
         base = env.env.unwrapped
         if self.trains_student:
             self._configure_student(base)
-        if self.advantage == "group":
+        if self.advantage != "gae":
             self._configure_groups(base)
 
+    def _configure_penalty(
+        self, name: str | None, coef: float, alpha: float, target: float | None
+    ) -> None:
+        if name is not None:
+            check_choice("divergence", name, DIVERGENCES)
+            check_divergence(name, alpha)
+        self.divergence = name
+        self.divergence_coef = check_number("divergence_coef", coef)
+        self.divergence_alpha = alpha
+        self.adaptive_coef = None if target is None else AdaptiveCoefficient(target, coef)
+
+    def _configure_trust_region(self, target_kl: float | None, adaptive_lr: bool) -> None:
+        if adaptive_lr and target_kl is None:
+            raise InvalidArgumentError("adaptive_lr", True, "pass a target_kl for it to hold.")
+        # The learning rate is divided by a coefficient that grows while the KL is too large.
+        self.lr_divisor = AdaptiveCoefficient(target_kl or 1.0) if adaptive_lr else None
+        self.updates_skipped = 0
+        self._skipped_in_a_row = 0
+
     def _check_generic_policy(self) -> None:
+        if self.divergence is not None:
+            raise InvalidArgumentError("divergence", self.divergence, "pass StudentPolicy with it.")
         for name, wanted in (("ratio", "sum"), ("advantage", "gae"), ("credit", "global")):
             if getattr(self, name) != wanted:
                 raise InvalidArgumentError(
@@ -252,7 +314,10 @@ class ReDiFPPO(PPO):
                 )
 
     def _configure_student(self, base: Any) -> None:
-        defaults: dict[str, Any] = {"critic": self.advantage == "gae"}
+        defaults: dict[str, Any] = {
+            "critic": self.advantage == "gae",
+            "reference": self.divergence is not None,
+        }
         if isinstance(base, ReDiFVectorEnv):
             if base.timesteps is None:
                 raise InvalidArgumentError(
@@ -270,7 +335,7 @@ class ReDiFPPO(PPO):
         for name, plain in (("stochastic_steps", "all"), ("antithetic", False)):
             if self.advantage == "gae" and getattr(self, name) != plain:
                 raise InvalidArgumentError(
-                    name, getattr(self, name), f"pass {plain!r}: it needs advantage='group'."
+                    name, getattr(self, name), f"pass {plain!r} with advantage='gae'."
                 )
         defaults["eta"], defaults["min_std"] = _at(self.eta, 1.0), _at(self.min_std, 1.0)
         self._copies_teacher = "student" in defaults
@@ -289,13 +354,13 @@ class ReDiFPPO(PPO):
     def _configure_groups(self, base: Any) -> None:
         group_size = getattr(base, "group_size", 1)
         length = getattr(base, "max_steps", 0)
-        if group_size < 2:
+        if group_size < 2 and self.advantage == "group":
             raise InvalidArgumentError(
                 "group_size", group_size, "advantage='group' needs an environment with at least 2."
             )
         if getattr(base, "timesteps", None) is None:
             raise InvalidArgumentError(
-                "schedule", "free", "advantage='group' needs episodes of one length; fix it."
+                "schedule", "free", f"advantage={self.advantage!r} needs episodes of one length."
             )
         if self.n_steps % length:
             raise InvalidArgumentError(
@@ -331,7 +396,7 @@ class ReDiFPPO(PPO):
         self._set_exploration()
         rollout_buffer.reset()
         callback.on_rollout_start()
-        statistics = _EpisodeStatistics(env.device)
+        statistics = EpisodeStatistics(env.device)
         low, high = self._action_bounds(env.device)
         for _ in range(n_rollout_steps):
             observation, starts = self._last_obs, self._last_episode_starts
@@ -375,7 +440,16 @@ class ReDiFPPO(PPO):
                 break
         if self.trains_student:
             self.policy.update_ema(self.ema_decay)  # type: ignore[operator]
+        self._adapt(history)
         self._record(history, clip_range)
+
+    def _adapt(self, history: list[dict[str, Tensor]]) -> None:
+        """Move the penalty's coefficient and the learning rate towards their targets."""
+        for name, adaptive in (("divergence", self.adaptive_coef), ("kl", self.lr_divisor)):
+            if adaptive is not None:
+                adaptive.update(float(torch.stack([entry[name] for entry in history]).mean()))
+        if self.adaptive_coef is not None:
+            self.divergence_coef = self.adaptive_coef.coefficient
 
     def student(self) -> Any:
         """The averaged student: a `Denoiser`, in evaluation mode."""
@@ -394,17 +468,34 @@ class ReDiFPPO(PPO):
                 return False
             self.policy.optimizer.zero_grad()
             loss.backward()
-            history[-1]["grad_norm"] = self._clip_gradients()
-            self.policy.optimizer.step()
+            grad_norm = self._clip_gradients()
             self.rows_trained += len(batch.actions)
+            if self._is_finite(loss, grad_norm):
+                statistics["grad_norm"] = grad_norm
+                self.policy.optimizer.step()
         return True
+
+    def _is_finite(self, loss: Tensor, grad_norm: Tensor) -> bool:
+        """Whether to take this update; counts those not taken, and gives up after a few."""
+        if bool((loss.detach() + grad_norm).isfinite()):
+            self._skipped_in_a_row = 0
+            return True
+        self.updates_skipped += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row >= MAX_SKIPPED:
+            raise TrainingDivergedError(
+                f"{MAX_SKIPPED} updates in a row had a loss or gradient that is not finite. Lower "
+                "learning_rate, raise min_std (log-ratios grow with its inverse), set "
+                "advantage_clip=5, or check that the reward is finite."
+            )
+        return False
 
     def _loss(
         self, batch: Any, clip_range: float, clip_range_vf: float | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """PPO's loss on a minibatch, and what to log of it."""
         if self.trains_student:
-            log_ratio, kl, error, values, entropy = self._evaluate_student(batch)
+            log_ratio, kl, error, values, entropy, mean = self._evaluate_student(batch)
         else:
             log_ratio, kl, error, values, entropy = self._evaluate_generic(batch)
         policy_loss = losses.surrogate(log_ratio, self._advantages(batch), clip_range)
@@ -415,6 +506,11 @@ class ReDiFPPO(PPO):
             "clip_fraction": losses.clip_fraction(log_ratio, clip_range),
             "ratio_error": error,
         }
+        if self.divergence is not None:
+            penalty = self._penalty(batch, mean)
+            joint = losses.reduce_log_ratio(penalty, self.ratio).sum(1).mean()
+            loss = loss + self.divergence_coef * joint
+            statistics["divergence"] = penalty.detach().mean()
         if values is not None:
             value_loss = losses.value_loss(values, batch.old_values, batch.returns, clip_range_vf)
             loss = loss + self.vf_coef * value_loss
@@ -427,8 +523,8 @@ class ReDiFPPO(PPO):
 
     def _evaluate_student(
         self, batch: RolloutBatch
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Log-ratios, KL an element, ratio error an element, values, entropy."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
+        """Log-ratios, KL an element, ratio error an element, values, entropy, means."""
         policy = self.policy
         assert batch.old is not None
         assert isinstance(policy, StudentPolicy)
@@ -440,7 +536,17 @@ class ReDiFPPO(PPO):
             values = policy.value_critic(batch.observations)
         log_ratio = losses.reduce_log_ratio(log_ratio_map, self.ratio)
         error = _root_mean_square(log_ratio_map)
-        return log_ratio, losses.kl_per_element(mean, batch.old), error, values, None
+        return log_ratio, losses.kl_per_element(mean, batch.old), error, values, None, mean
+
+    def _penalty(self, batch: RolloutBatch, mean: Tensor) -> Tensor:
+        """Divergence from the reference of each element, `(B, D)`, with gradients to `mean`."""
+        assert batch.old is not None
+        assert self.divergence is not None
+        assert isinstance(self.policy, StudentPolicy)
+        with torch.no_grad():
+            reference = self.policy.reference_means(batch.observations)
+        new, ref = Gaussian(mean, batch.old.std), Gaussian(reference, batch.old.std)
+        return divergence_map(self.divergence, new, ref, self.divergence_alpha).flatten(1)
 
     def _evaluate_generic(self, batch: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The same of any policy: whole actions instead of elements."""
@@ -486,7 +592,8 @@ class ReDiFPPO(PPO):
         """As in Stable-Baselines3; a group's `lr_scale` multiplies its learning rate."""
         super()._update_learning_rate(optimizers)
         for group in self.policy.optimizer.param_groups:
-            group["lr"] *= group.get("lr_scale", 1.0)
+            divisor = 1.0 if self.lr_divisor is None else self.lr_divisor.coefficient
+            group["lr"] *= group.get("lr_scale", 1.0) / divisor
 
     def _set_exploration(self) -> None:
         if isinstance(self.policy, StudentPolicy):
@@ -527,6 +634,11 @@ class ReDiFPPO(PPO):
         self.logger.record("train/ratio_error", float(history[0]["ratio_error"]))
         if "value_loss" in history[0]:
             self.logger.record("train/explained_variance", self._explained_variance())
+        if self.divergence is not None:
+            self.logger.record("train/divergence_coef", self.divergence_coef)
+        if isinstance(self.rollout_buffer, TorchRolloutBuffer):
+            self.logger.record("train/advantage_scale", float(self.rollout_buffer.advantage_scale))
+        self.logger.record("train/updates_skipped", self.updates_skipped)
         self.logger.record("train/clip_range", clip_range)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         if isinstance(self.policy, StudentPolicy):
@@ -566,38 +678,6 @@ class ReDiFPPO(PPO):
             "_last_episode_starts",
             "_explored_step",
         ]
-
-
-class HostView:
-    """A tensor for callbacks: an array once somebody looks, and no transfer until then."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self.tensor.cpu().numpy(), dtype)
-
-
-class _EpisodeStatistics:
-    """Mean return and length of the episodes of a rollout, summed on the device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.started = time.monotonic()
-        self.sums = torch.zeros(3, device=device)
-
-    def add(self, infos: Mapping[str, Any]) -> None:
-        if "episode" not in infos:
-            return
-        ended, episode = infos["_episode"], infos["episode"]
-        parts = (torch.where(ended, episode[name], 0).sum() for name in ("r", "l"))
-        self.sums += torch.stack([*parts, ended.sum()])
-
-    def record(self, buffer: Any) -> None:
-        """Append the means to Stable-Baselines3's episode buffer."""
-        returns, length, count = (float(part) for part in self.sums.unbind())
-        if count:
-            elapsed = time.monotonic() - self.started
-            buffer.append({"r": returns / count, "l": length / count, "t": elapsed})
 
 
 def _root_mean_square(log_ratio: Tensor) -> Tensor:

@@ -30,15 +30,17 @@ class Args:
     """Rollouts, each followed by an update."""
     num_envs: int = 512
     """Trajectories of a rollout."""
-    group_size: int = 2
+    preset: str = "default"
+    """Recipe: default, ddpo, grpo or redif-paper; the next five default to its values."""
+    group_size: int | None = None
     """Trajectories that share noise and class."""
-    batch_size: int = 256
+    batch_size: int | None = None
     """Transitions of a minibatch."""
-    learning_rate: float = 2e-4
-    """Initial learning rate; falls linearly to zero."""
-    eta: float = 0.1
+    learning_rate: float | None = None
+    """Initial learning rate."""
+    eta: float | None = None
     """Noise factor while exploring."""
-    min_std: float = 0.02
+    min_std: float | None = None
     """Smallest exploration std, in latent units."""
     bank_size: int = 6144
     """Training tasks that the teacher answers."""

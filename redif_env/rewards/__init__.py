@@ -1,6 +1,7 @@
 """Rewards: how well a student's final sample agrees with the teacher's."""
 
 from .base import Reward, WeightedSum, evaluate, make_reward, register_reward
+from .maps import fit_map
 from .pixel import MSE, PSNR, SSIM, Cosine
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Reward",
     "WeightedSum",
     "evaluate",
+    "fit_map",
     "make_reward",
     "register_reward",
 ]

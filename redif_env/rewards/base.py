@@ -5,9 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from ..errors import InvalidArgumentError, InvalidRewardError, check_number
+from ..noise import expand
+from .maps import fit_map
 
 
 class Reward(ABC):
@@ -42,7 +45,10 @@ class Reward(ABC):
         """
 
     def reward_map(self, x_0: Tensor, teacher_x_0: Tensor, condition: Tensor | None) -> Tensor:
-        """The reward of each element, float `(N, *latent_shape)`; its mean is the reward."""
+        """The reward of each place, float `(N, C', H', W')`; its mean over a row is the reward.
+
+        Usually of the latents' shape; patches or decoded pixels make coarser or finer maps.
+        """
         raise InvalidArgumentError("reward", self.name, "it has no map: use credit='global'.")
 
     def __add__(self, other: Reward) -> Reward:
@@ -67,7 +73,10 @@ class MapReward(Reward):
 
 
 class WeightedSum(Reward):
-    """A weighted sum of rewards; has a map when every term has one.
+    """A weighted sum of rewards; has a map when any term has one.
+
+    In the map a term without one counts the same everywhere, so that its credit stays global. Maps
+    of different resolutions meet on the grid of the samples.
 
     Args:
         terms: Pairs of weight and reward.
@@ -75,7 +84,7 @@ class WeightedSum(Reward):
 
     def __init__(self, terms: list[tuple[float, Reward]]) -> None:
         self.terms = terms
-        self.has_map = all(term.has_map for _, term in terms)
+        self.has_map = any(term.has_map for _, term in terms)
 
     @property
     def name(self) -> str:
@@ -86,8 +95,13 @@ class WeightedSum(Reward):
         return sum(parts[1:], start=parts[0])
 
     def reward_map(self, x_0: Tensor, teacher_x_0: Tensor, condition: Tensor | None) -> Tensor:
-        parts = [w * term.reward_map(x_0, teacher_x_0, condition) for w, term in self.terms]
-        return sum(parts[1:], start=parts[0])
+        total = zeros = torch.zeros_like(x_0)
+        for weight, term in self.terms:
+            values, term_map = evaluate(term, x_0, teacher_x_0, condition)
+            part = zeros if term_map is None else fit_map(term_map, x_0.shape[1:])
+            # Resizing may change the mean, which is the reward.
+            total = total + weight * (part + expand(values - part.flatten(1).mean(1), part))
+        return total
 
 
 def _terms(reward: Reward) -> list[tuple[float, Reward]]:
@@ -100,7 +114,7 @@ def evaluate(
     """A reward and, where it has one, its map, checked for shape without touching the values.
 
     Returns:
-        float32 `(N,)` and float32 `(N, *latent_shape)` or None.
+        float32 `(N,)`, and the map, float32 `(N, ...)`, or None.
 
     Raises:
         InvalidRewardError: if the reward's or the map's shape is wrong.
@@ -110,7 +124,7 @@ def evaluate(
         _check_shape(reward, values, (len(x_0),))
         return values.float(), None
     reward_map = reward.reward_map(x_0, teacher_x_0, condition)
-    _check_shape(reward, reward_map, tuple(x_0.shape))
+    _check_map(reward, reward_map, tuple(x_0.shape))
     return reward_map.float().flatten(1).mean(1), reward_map.float()
 
 
@@ -120,6 +134,13 @@ def _check_shape(reward: Reward, values: object, shape: tuple[int, ...]) -> None
         raise InvalidRewardError(
             f"reward {reward.name!r} returned", got, f"return a tensor of shape {shape}."
         )
+
+
+def _check_map(reward: Reward, reward_map: object, shape: tuple[int, ...]) -> None:
+    """Rows and number of axes must be those of the samples; the resolution may differ."""
+    if isinstance(reward_map, Tensor) and len(reward_map.shape) == len(shape):
+        shape = (shape[0], *reward_map.shape[1:])
+    _check_shape(reward, reward_map, shape)
 
 
 _REGISTRY: dict[str, Callable[[], Reward]] = {}

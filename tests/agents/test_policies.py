@@ -263,7 +263,7 @@ def test_the_critic_reads_latents_time_steps_left_and_class(env):
         "condition": (obs["condition"] + 1) % 10,
     }
     for name, other in others.items():
-        assert (critic({**obs, name: other}) - values).abs().min() > 1e-4, name
+        assert (critic({**obs, name: other}) - values).abs().min() > 1e-5, name  # rounding: 1e-7
     alone = critic({name: part[3:4] for name, part in obs.items()})
     torch.testing.assert_close(alone, values[3:4])  # rows do not mix
 

@@ -16,6 +16,7 @@ LAYERS = (
     "teacher",
     "loading",
     "schedules",
+    "rewards.maps",
     "rewards.base",
     "rewards.pixel",
     "rewards",

@@ -1,0 +1,99 @@
+"""Published recipes as plain data, so that anyone can rerun history.
+
+A recipe has keyword arguments for the environment, the policy and the agent, and says whether the
+learning rate falls linearly to 0:
+
+    recipe = preset("ddpo")
+    env = ReDiFVectorEnv(512, schedule="uniform", **recipe["env"])
+    ReDiFPPO("StudentPolicy", env, policy_kwargs=recipe["policy"], **recipe["agent"])
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from redif_env.errors import check_choice
+
+Recipe = dict[str, Any]
+
+# This project's: element ratios, local credit, one exploring step, opposite noise.
+_DEFAULT: Recipe = {
+    "env": {"group_size": 2},
+    "policy": {},
+    "agent": {
+        "ratio": "element",
+        "advantage": "group",
+        "credit": "local",
+        "stochastic_steps": "one",
+        "antithetic": True,
+        "eta": 0.1,
+        "min_std": 0.02,
+        "clip_range": 0.2,
+        "learning_rate": 2e-4,
+        "batch_size": 256,
+        "n_epochs": 1,
+        "ema_decay": 0.95,
+    },
+    "decay": True,
+}
+
+# Black et al. 2024 and its public code: every step explores with the DDPM kernel, one ratio from
+# the *mean* log-prob, clipped at 1e-4, rewards whitened over the whole batch.
+_DDPO: Recipe = {
+    "env": {"group_size": 1},
+    "policy": {"exploration_mean": "sde"},
+    "agent": {
+        "ratio": "mean",
+        "advantage": "batch",
+        "credit": "global",
+        "stochastic_steps": "all",
+        "antithetic": False,
+        "eta": 1.0,
+        "min_std": 0.02,
+        "clip_range": 1e-4,
+        "advantage_clip": 10.0,
+        "learning_rate": 1e-5,
+        "batch_size": 256,
+        "n_epochs": 1,
+        "ema_decay": 0.0,
+    },
+    "decay": False,
+}
+
+
+def _changed(recipe: Recipe, agent: dict[str, Any], env: dict[str, Any] | None = None) -> Recipe:
+    return {
+        **recipe,
+        "env": {**recipe["env"], **(env or {})},
+        "agent": {**recipe["agent"], **agent},
+    }
+
+
+_PENALTY = {"divergence": "kl", "divergence_coef": 0.04, "advantage_clip": 5.0}
+
+PRESETS: dict[str, Recipe] = {
+    "default": _DEFAULT,
+    "ddpo": _DDPO,
+    # Shao et al. 2024 on denoising: groups share noise and class; joint ratio; KL penalty, here in
+    # closed form instead of by the k3 estimator.
+    "grpo": _changed(
+        _DDPO,
+        {"ratio": "sum", "advantage": "group", "clip_range": 0.2, **_PENALTY},
+        {"group_size": 4},
+    ),
+    # arXiv 2512.22802: DDPO's settings, with a divergence penalty and advantages clipped at 5.
+    "redif-paper": _changed(_DDPO, _PENALTY),
+}
+
+
+def preset(name: str) -> Recipe:
+    """A copy of a recipe.
+
+    Args:
+        name: One of `PRESETS`.
+
+    Raises:
+        InvalidArgumentError: for an unknown name.
+    """
+    return copy.deepcopy(PRESETS[check_choice("preset", name, tuple(PRESETS))])

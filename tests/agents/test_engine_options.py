@@ -1,0 +1,172 @@
+"""Mixed credit, clipping, penalties, the trust region, and updates that must not be taken."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import configure
+
+from agents import ReDiFPPO, presets
+from agents.advantages import batch_relative
+from agents.ppo import TrainingDivergedError
+from redif_env import ReDiFVectorEnv
+from redif_env.errors import InvalidArgumentError
+
+NUM_ENVS, NUM_STEPS = 16, 2
+
+
+def make_model(teacher, bank, env=None, **options):
+    env = ReDiFVectorEnv(
+        NUM_ENVS,
+        teacher,
+        num_steps=NUM_STEPS,
+        schedule="uniform",
+        bank=bank,
+        seed=0,
+        **(env or {"group_size": 2}),
+    )
+    model = ReDiFPPO("StudentPolicy", env, seed=0, **{"batch_size": 8, **options})
+    model.set_logger(configure(None, []))
+    return model
+
+
+def train(model, iterations=1):
+    return model.learn(iterations * NUM_ENVS * NUM_STEPS)
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.policy.denoiser.network.parameters()])
+
+
+def logged(model, name):
+    return model.logger.name_to_value[f"train/{name}"]
+
+
+def test_whole_batch_whitening_by_hand():
+    advantages = batch_relative(torch.tensor([[1.0, 2.0, 3.0]]))
+    torch.testing.assert_close(advantages, torch.tensor([[-1.0, 0.0, 1.0]]))
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])
+def test_credit_is_mixed_by_weight(teacher, bank, weight):
+    def advantages(**options):
+        return train(make_model(teacher, bank, **options)).rollout_buffer["advantages"]
+
+    mixed = advantages(local_weight=weight)
+    local, whole = advantages(), advantages(credit="global")
+    # The first rollout does not depend on how credit is given.
+    torch.testing.assert_close(mixed, weight * local + (1 - weight) * whole.unsqueeze(2))
+
+
+def test_advantages_are_clipped(teacher, bank):
+    free = train(make_model(teacher, bank)).rollout_buffer["advantages"]
+    clipped = train(make_model(teacher, bank, advantage_clip=0.5)).rollout_buffer["advantages"]
+    assert float(free.abs().max()) > 0.5
+    torch.testing.assert_close(clipped, free.clamp(-0.5, 0.5))
+
+
+@pytest.mark.parametrize("name", ["kl", "js", "chi_square", "renyi", "power"])
+def test_a_strong_penalty_holds_the_student(teacher, bank, name):
+    start = weights(make_model(teacher, bank))
+    options = {"learning_rate": 1e-4, "n_epochs": 4, "min_std": 0.05}
+    free = train(make_model(teacher, bank, divergence=name, divergence_coef=0.0, **options), 2)
+    held = train(make_model(teacher, bank, divergence=name, divergence_coef=100.0, **options), 2)
+    assert 0 < logged(held, "divergence") < logged(free, "divergence")
+    assert not torch.equal(weights(held), start)
+
+
+def test_no_penalty_at_the_start(teacher, bank):
+    model = make_model(teacher, bank, divergence="kl", batch_size=NUM_ENVS)
+    train(model)
+    # One minibatch, so the only measurement precedes the only update.
+    assert logged(model, "divergence") == pytest.approx(0, abs=1e-8)
+
+
+def test_the_coefficient_follows_its_target(teacher, bank):
+    loose = make_model(teacher, bank, divergence="kl", divergence_target=10.0)
+    assert train(loose).divergence_coef == pytest.approx(1 / 1.5)
+    tight = make_model(teacher, bank, divergence="kl", divergence_target=1e-12)
+    assert train(tight).divergence_coef == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize(("target", "factor"), [(1e-12, 1 / 1.5), (10.0, 1.5)])
+def test_the_learning_rate_follows_the_kl(teacher, bank, target, factor):
+    model = make_model(
+        teacher, bank, learning_rate=1e-5, target_kl=target, adaptive_lr=True, batch_size=4
+    )
+    train(model, 2)
+    assert model.policy.optimizer.param_groups[0]["lr"] == pytest.approx(1e-5 * factor)
+
+
+class Spoil(BaseCallback):
+    """Makes advantages infinite at the end of the rollouts numbered `when`."""
+
+    def __init__(self, when):
+        super().__init__()
+        self.when, self.rollout = when, 0
+
+    def _on_rollout_end(self):
+        if self.rollout in self.when:
+            self.model.rollout_buffer["advantages"].fill_(float("inf"))
+        self.rollout += 1
+
+    def _on_step(self):
+        return True
+
+
+def test_updates_without_a_finite_loss_are_skipped_and_counted(teacher, bank):
+    model = make_model(teacher, bank, batch_size=NUM_ENVS)
+    start = weights(model)
+    model.learn(NUM_ENVS * NUM_STEPS, callback=Spoil({0}))
+    assert torch.equal(weights(model), start)
+    assert model.updates_skipped == 1
+    train(model)  # and training goes on
+    assert not torch.equal(weights(model), start)
+
+
+def test_training_stops_when_no_update_is_finite(teacher, bank):
+    model = make_model(teacher, bank, batch_size=4)
+    start = weights(model)
+    with pytest.raises(TrainingDivergedError, match="learning_rate"):
+        model.learn(NUM_ENVS * NUM_STEPS, callback=Spoil({0}))
+    assert torch.equal(weights(model), start)
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_every_recipe_changes_the_student(teacher, bank, name):
+    recipe = presets.preset(name)
+    recipe["agent"]["batch_size"] = 8
+    model = make_model(
+        teacher, bank, recipe["env"], policy_kwargs=recipe["policy"], **recipe["agent"]
+    )
+    start = weights(model)
+    assert not torch.equal(weights(train(model)), start)
+
+
+def test_recipes_are_copies():
+    presets.preset("ddpo")["agent"]["eta"] = 7
+    assert presets.preset("ddpo")["agent"]["eta"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "argument"),
+    [
+        ({"divergence": "wasserstein"}, "divergence"),
+        ({"divergence": "renyi", "divergence_alpha": -1}, "alpha"),
+        ({"divergence_coef": -1}, "divergence_coef"),
+        ({"local_weight": 2}, "local_weight"),
+        ({"local_radius": -1}, "local_radius"),
+        ({"advantage_clip": 0}, "advantage_clip"),
+        ({"adaptive_lr": True}, "adaptive_lr"),
+        ({"advantage": "vibes"}, "advantage"),
+    ],
+)
+def test_bad_options(teacher, bank, options, argument):
+    with pytest.raises(InvalidArgumentError, match=argument):
+        make_model(teacher, bank, **options)
+
+
+def test_an_unknown_recipe_lists_the_known_ones():
+    with pytest.raises(InvalidArgumentError, match="redif-paper"):
+        presets.preset("dpo")
