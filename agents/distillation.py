@@ -149,6 +149,7 @@ def distill(
         seed=seed,
         policy_kwargs=recipe["policy"],
     )
+    used = {**agent_options, "group_size": env_options["group_size"]}
     rate = check_number("learning_rate", agent_options["learning_rate"])
     agent_options["learning_rate"] = LinearSchedule(rate, 0.0 if recipe["decay"] else rate, 1.0)
     check_integer("eval_every", eval_every, 1)
@@ -161,7 +162,7 @@ def distill(
     timesteps = searched if given is None else given
     model = _make_model(teacher, num_envs, timesteps, banks.train, env_options, agent_options)
     if folder is not None:
-        _start_folder(folder, arguments, timesteps)
+        _start_folder(folder, {**arguments, **used}, timesteps)
     model.set_logger(configure(str(folder) if folder else None, ["tensorboard"] if folder else []))
     held_out = HeldOutEvaluation(banks.validation, eval_every)
     callbacks: list[BaseCallback] = [held_out]
@@ -335,7 +336,7 @@ def _finish_folder(
     write_json(folder / "summary.json", report)
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: Any) -> None:
     """Write JSON to a temporary name and rename it, so that no reader sees half of it."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")

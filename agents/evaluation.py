@@ -111,7 +111,7 @@ def frechet_distance(judge: Judge, samples: Tensor, reference: Tensor) -> float:
         samples: Images `(N, C, H, W)` in [-1, 1].
         reference: Images `(M, C, H, W)` in [-1, 1].
     """
-    metric = FrechetInceptionDistance(judge, normalize=True)
+    metric = FrechetInceptionDistance(judge, normalize=True).to(samples.device)
     metric.update(samples, real=False)
     metric.update(reference, real=True)
     return float(metric.compute())

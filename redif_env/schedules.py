@@ -103,9 +103,10 @@ def _finish(schedule: NoiseSchedule, times: Tensor, num_steps: int) -> Tensor:
     return grid
 
 
-@torch.no_grad()
 def sample(denoiser: Denoiser, x_T: Tensor, condition: Tensor | None, grid: Tensor) -> Tensor:
     """Deterministic DDIM along `grid`: the sampler of every student, and the few-step baseline.
+
+    Gradients flow to the network, unless they are switched off.
 
     Args:
         denoiser: The student.
@@ -123,6 +124,7 @@ def sample(denoiser: Denoiser, x_T: Tensor, condition: Tensor | None, grid: Tens
     return x_t
 
 
+@torch.no_grad()
 def paired_mse(denoiser: Denoiser, bank: TeacherBank, grid: Tensor, batch_size: int = 512) -> float:
     """Mean squared error between DDIM along `grid` and the bank's answers, per element."""
     total = 0.0

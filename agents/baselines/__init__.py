@@ -1,0 +1,1 @@
+"""Other few-step techniques, for honest comparison."""
