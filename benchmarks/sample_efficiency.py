@@ -1,9 +1,9 @@
 """How many trajectories each recipe needs: `python benchmarks/sample_efficiency.py`.
 
-All recipes start from the teacher's weights on the searched grid, see the same tasks, and are judged by
-the averaged student's paired MSE on test tasks, deterministic. Counted are the trajectories, and the
-network-forward equivalents of training (1 forward, 3 forward and back), until that error is 50, 20 and
-10 % of plain DDIM's on the uniform grid. Runs that are already in the output file are not repeated.
+All recipes start from the teacher's weights on the searched grid, see the same tasks, and are
+judged by the averaged student's paired MSE on test tasks, deterministic. Counted are trajectories,
+and the network-forward equivalents of training (1 forward, 3 forward and back), until that error is
+50, 20 and 10 % of plain DDIM's on the uniform grid. Runs that are in the output file are not redone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from redif_env.denoiser import Denoiser
 from redif_env.errors import require
 
 LEVELS = (50, 20, 10)
-# What differs from the preset of the name's first part; chosen by `--tune`, see the results' page.
+# What differs from the preset of the name's first part.
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "default-global": {"credit": "global"},
@@ -122,7 +122,7 @@ def make_task(num_steps: int, args: Args) -> Task:
 
 def run_agent(name: str, task: Task, seed: int, args: Args) -> Curve:
     """Train a PPO recipe; returns its curve."""
-    recipe = presets.preset("redif-paper" if name == "redif-paper" else name.split("-")[0])
+    recipe = presets.preset(name.split("-")[0])
     options = {**recipe["agent"], **VARIANTS[name], "seed": seed}
     rate, end = options["learning_rate"], 0.0 if recipe["decay"] or name == "ddpo-tuned" else 1.0
     options["learning_rate"] = LinearSchedule(rate, end * rate, 1.0)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks import overhead
+from benchmarks import overhead, sample_efficiency
 from examples import distill, train_teacher
 
 
@@ -43,3 +43,27 @@ def test_a_teacher_below_the_gate_is_not_installed(tmp_path):
 def test_overhead_gives_both_ratios():
     ratios = overhead.main(overhead.Args(num_envs=8, num_steps=2, repeats=1))
     assert set(ratios) == {"rollout", "update"}
+
+
+def test_sample_efficiency_resumes_and_knows_what_was_reached(tmp_path):
+    args = sample_efficiency.Args(
+        recipes=("default", "backprop"),
+        num_steps=(1,),
+        seeds=(0,),
+        iterations=2,
+        num_envs=256,
+        bank_size=32,
+        num_held_out=100,
+        every=1,
+        out=tmp_path / "results.json",
+    )
+    rows = sample_efficiency.main(args)
+    assert [row["recipe"] for row in rows] == ["default", "backprop"]
+    for row in rows:
+        # The searched grid alone is below half of the uniform grid's error at one step.
+        assert row["trajectories_to"]["50"] == row["network_evaluations_to"]["50"] == 0
+        assert row["trajectories_to"]["10"] is None
+        assert [point["trajectories"] for point in row["curve"]][:3] == [0, 256, 512]
+    written = args.out.stat().st_mtime_ns
+    assert sample_efficiency.main(args) == rows
+    assert args.out.stat().st_mtime_ns == written
