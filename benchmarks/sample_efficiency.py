@@ -3,7 +3,7 @@
 All recipes start from the teacher's weights on the searched grid, see the same tasks, and are
 judged by the averaged student's paired MSE on test tasks, deterministic. Counted are trajectories,
 and the network-forward equivalents of training (1 forward, 3 forward and back), until that error is
-50, 20 and 10 % of plain DDIM's on the uniform grid. Runs that are in the output file are not redone.
+50, 20 and 10 % of plain DDIM's on the uniform grid. Runs in the output file are not redone.
 """
 
 from __future__ import annotations
