@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -28,9 +29,9 @@ class IterationCallback(BaseCallback):
         self.every = check_integer("every", every, 1)
         self.iteration = 0
 
+    @abstractmethod
     def on_iteration(self) -> None:
         """What to do."""
-        raise NotImplementedError
 
     def _on_rollout_start(self) -> None:
         if self.iteration % self.every == 0:
