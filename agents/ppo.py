@@ -164,6 +164,10 @@ class ReDiFPPO(PPO):
         self.local_radius = check_integer("local_radius", local_radius, 0)
         if advantage_clip is not None:
             advantage_clip = check_number("advantage_clip", advantage_clip, 1e-6)
+            if advantage == "gae":
+                raise InvalidArgumentError(
+                    "advantage_clip", advantage_clip, "pass None with advantage='gae'."
+                )
         self.advantage_clip = advantage_clip
         self._configure_penalty(divergence, divergence_coef, divergence_alpha, divergence_target)
         self._configure_trust_region(target_kl, adaptive_lr)
@@ -291,6 +295,8 @@ class ReDiFPPO(PPO):
         if name is not None:
             check_choice("divergence", name, DIVERGENCES)
             check_divergence(name, alpha)
+        elif target is not None:
+            raise InvalidArgumentError("divergence_target", target, "pass a divergence with it.")
         self.divergence = name
         self.divergence_coef = check_number("divergence_coef", coef)
         self.divergence_alpha = alpha

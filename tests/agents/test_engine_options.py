@@ -159,6 +159,8 @@ def test_recipes_are_copies():
         ({"local_radius": -1}, "local_radius"),
         ({"advantage_clip": 0}, "advantage_clip"),
         ({"adaptive_lr": True}, "adaptive_lr"),
+        ({"divergence_target": 0.1}, "divergence_target"),
+        ({"advantage": "gae", "credit": "global", "advantage_clip": 5}, "advantage_clip"),
         ({"advantage": "vibes"}, "advantage"),
     ],
 )
