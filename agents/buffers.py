@@ -12,7 +12,7 @@ from torch import Tensor
 from redif_env.rewards import fit_map
 from redif_env.transition import Gaussian
 
-from .advantages import batch_relative, gae, group_relative
+from .advantages import TaskMeans, batch_relative, gae, group_relative, standardised
 
 
 class RolloutBatch(NamedTuple):
@@ -21,11 +21,12 @@ class RolloutBatch(NamedTuple):
     Attributes:
         observations: Tensors `(B, ...)` by name.
         actions: float32 `(B, A)`.
-        old_values: float32 `(B,)`.
+        old_values: float32 `(B,)`, or maps `(B, D)` from a critic with local credit.
         old_log_prob: float32 `(B,)`; zeros when `old` is given.
         advantages: float32 `(B,)`, or `(B, D)` with local credit.
-        returns: float32 `(B,)`.
+        returns: Like `old_values`.
         old: The Gaussian that the actions were drawn from, `(B, *latent_shape)`, or None.
+        step_index: Steps of the episode before each transition, int64 `(B,)`.
     """
 
     observations: dict[str, Tensor]
@@ -35,6 +36,7 @@ class RolloutBatch(NamedTuple):
     advantages: Tensor
     returns: Tensor
     old: Gaussian | None
+    step_index: Tensor
 
 
 class TorchRolloutBuffer(RolloutBuffer):
@@ -43,16 +45,19 @@ class TorchRolloutBuffer(RolloutBuffer):
     Args:
         buffer_size, observation_space, action_space, device, gae_lambda, gamma, n_envs: as in
             Stable-Baselines3.
-        advantage: `"gae"`, from the critic's values; `"group"`, relative to the group's mean, or
-            `"batch"`, to the rollout's.
+        advantage: `"gae"`, from the critic's values; `"group"`, relative to the group's mean,
+            `"batch"`, to the rollout's, or `"task"`, to the task's own running mean.
         credit: `"global"`, one advantage a row, or `"local"`, one an element, from reward maps.
         local_weight: Share of local credit; the rest is global.
         local_radius: Elements around its place whose reward an element is credited with.
         advantage_clip: Largest size of a normalised advantage, or None.
         group_size: Neighbouring rows that share tasks.
-        episode_length: Steps of every episode, for `"group"`; T must be a multiple of it.
-        stochastic_steps: `"all"`, or `"one"` when only one step of each trajectory explored: the
-            one that `add_explored_step` names. Only that one is trained on.
+        episode_length: Steps of every episode; T must be a multiple of it.
+        stochastic_steps: How many neighbouring steps of each episode explored, from the one that
+            `add_explored_step` names on, cyclically; None: all. Only those are trained on.
+        num_tasks: Tasks of the bank, for `"task"`.
+        normalize_advantage: Whether advantages from a value map have one global std; those of the
+            other kinds always have, and those of scalar values are for the caller to normalise.
         seed: Of the minibatch order. An own generator, so that the order does not shift the noise
             of the policy.
     """
@@ -67,7 +72,9 @@ class TorchRolloutBuffer(RolloutBuffer):
         advantage_clip: float | None = None,
         group_size: int = 1,
         episode_length: int = 1,
-        stochastic_steps: str = "all",
+        stochastic_steps: int | None = None,
+        num_tasks: int = 1,
+        normalize_advantage: bool = True,
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
@@ -80,6 +87,8 @@ class TorchRolloutBuffer(RolloutBuffer):
         self.group_size = group_size
         self.episode_length = episode_length
         self.stochastic_steps = stochastic_steps
+        self.normalize_advantage = normalize_advantage
+        self.task_means = TaskMeans(num_tasks) if advantage == "task" else None
         self._store: dict[str, Tensor] = {}
         super().__init__(*args, **kwargs)
         self._order = torch.Generator(self.device).manual_seed(seed)
@@ -91,13 +100,18 @@ class TorchRolloutBuffer(RolloutBuffer):
         self.generator_ready = False
 
     @property
+    def has_value_map(self) -> bool:
+        """Whether the critic's values are maps."""
+        return self.advantage == "gae" and self.credit == "local"
+
+    @property
     def values(self) -> Tensor:  # type: ignore[override]
-        """Critic's values, `(T, N)`."""
+        """Critic's values, `(T, N)`, or maps of them, `(T, N, D)`."""
         return self._store["values"]
 
     @property
     def returns(self) -> Tensor:  # type: ignore[override]
-        """What followed, `(T, N)`."""
+        """What followed, like `values`."""
         return self._store["returns"]
 
     def add(  # type: ignore[override]
@@ -116,7 +130,7 @@ class TorchRolloutBuffer(RolloutBuffer):
         self._put("actions", actions.flatten(1))
         self._put("rewards", rewards)
         self._put("episode_starts", episode_starts)
-        self._put("values", values.flatten())
+        self._put("values", values if self.has_value_map else values.flatten())
         if log_prob is not None:
             self._put("log_prob", log_prob)
         if gaussian is not None:
@@ -131,34 +145,57 @@ class TorchRolloutBuffer(RolloutBuffer):
         fitted = fit_map(reward_map, latent_shape, self.local_radius)
         self._put_episode("reward_map", fitted, (self.pos - 1) // self.episode_length)
 
+    def add_tasks(self, tasks: Tensor) -> None:
+        """Store the tasks, int64 `(N,)`, of the episodes that the last step ended."""
+        self._put_episode("tasks", tasks, (self.pos - 1) // self.episode_length)
+
     def add_explored_step(self, step_index: Tensor) -> None:
-        """Store which step of the episode that starts now explores, int64 `(N,)`."""
+        """Store the first step that explores of the episode that starts now, int64 `(N,)`."""
         self._put_episode("explored_step", step_index, self.pos // self.episode_length)
 
     def compute_returns_and_advantage(self, last_values: Tensor, dones: Tensor) -> None:  # type: ignore[override]
-        """Fill in advantages and returns; `last_values` and `dones` are `(N,)`."""
-        rewards, values = self._store["rewards"], self._store["values"]
+        """Fill in advantages and returns; `last_values` is `(N,)` or `(N, D)`, `dones` `(N,)`."""
         if self.advantage == "gae":
-            starts = self._store["episode_starts"]
-            advantages = gae(
-                rewards,
-                values,
-                starts,
-                last_values.flatten(),
-                dones,
-                self.gamma,
-                self.gae_lambda,
-            )
-            self.advantage_scale = advantages.std()
-            self._store["advantages"] = advantages
-            self._store["returns"] = advantages + values
+            self._estimate_with_critic(last_values, dones)
             return
-        returns = rewards.unflatten(0, (-1, self.episode_length)).sum(1)
+        returns = self._store["rewards"].unflatten(0, (-1, self.episode_length)).sum(1)
         advantages = self._episode_advantages(returns)
         if self.advantage_clip is not None:
             advantages = advantages.clamp(-self.advantage_clip, self.advantage_clip)
         self._store["advantages"] = advantages
         self._store["returns"] = returns.repeat_interleave(self.episode_length, 0)
+
+    def _estimate_with_critic(self, last_values: Tensor, dones: Tensor) -> None:
+        """GAE: of rewards and values, or element by element of their maps."""
+        rewards, values = self._store["rewards"], self._store["values"]
+        if self.has_value_map:
+            rewards = self._reward_maps()
+        else:
+            last_values = last_values.flatten()
+        starts = self._store["episode_starts"]
+        advantages = gae(rewards, values, starts, last_values, dones, self.gamma, self.gae_lambda)
+        self.advantage_scale = advantages.std()
+        self._store["returns"] = advantages + values
+        if self.has_value_map:
+            advantages = self._mixed(advantages - advantages.mean(), advantages.mean(2))
+        self._store["advantages"] = advantages
+
+    def _reward_maps(self) -> Tensor:
+        """What each element was rewarded with in each step, `(T, N, D)`."""
+        final = self._store["reward_map"].flatten(2)
+        maps = final.new_zeros(self.buffer_size, *final.shape[1:])
+        maps[self.episode_length - 1 :: self.episode_length] = final
+        return maps
+
+    def _mixed(self, local: Tensor, whole: Tensor) -> Tensor:
+        """Local credit `(T, N, D)` and global credit `(T, N)` by weight, each of one std."""
+        if not self.normalize_advantage:
+            return self.local_weight * local + (1 - self.local_weight) * whole.unsqueeze(2)
+        mixed = self.local_weight * standardised(local)
+        if self.local_weight < 1:
+            whole = standardised(whole - whole.mean())
+            mixed = mixed + (1 - self.local_weight) * whole.unsqueeze(2)
+        return mixed
 
     def _episode_advantages(self, returns: Tensor) -> Tensor:
         """Advantages of whole episodes, `(E, N)`, or `(E, N, D)` with local credit."""
@@ -168,10 +205,13 @@ class TorchRolloutBuffer(RolloutBuffer):
         local = self._relative(self._store["reward_map"].flatten(2))
         if self.local_weight == 1:
             return local
-        rest = self._relative(returns).unsqueeze(2)
+        # The mean of an element's advantage over the elements is the row's: no second baseline.
+        rest = standardised(local.mean(2)).unsqueeze(2)
         return self.local_weight * local + (1 - self.local_weight) * rest
 
     def _relative(self, outcome: Tensor) -> Tensor:
+        if self.task_means is not None:
+            return self.task_means.relative(outcome, self._store["tasks"])
         if self.advantage == "batch":
             return batch_relative(outcome)
         return group_relative(outcome, self.group_size)
@@ -189,12 +229,14 @@ class TorchRolloutBuffer(RolloutBuffer):
 
     def _stochastic_rows(self) -> Tensor:
         """Indices into the flattened `(T, N)` of the transitions that explored."""
-        if self.stochastic_steps == "all":
+        if self.stochastic_steps is None:
             return torch.arange(self.buffer_size * self.n_envs, device=self.device)
-        explored = self._store["explored_step"]
-        starts = torch.arange(len(explored), device=self.device) * self.episode_length
+        first = self._store["explored_step"].unsqueeze(1)  # (E, 1, N)
+        window = torch.arange(self.stochastic_steps, device=self.device)[:, None]
+        step = (first + window) % self.episode_length  # (E, W, N)
+        starts = torch.arange(len(first), device=self.device)[:, None, None] * self.episode_length
         columns = torch.arange(self.n_envs, device=self.device)
-        return ((starts[:, None] + explored) * self.n_envs + columns).flatten()
+        return ((starts + step) * self.n_envs + columns).flatten()
 
     def _put_episode(self, name: str, value: Tensor, episode: int) -> None:
         self._put(name, value, episode, self.buffer_size // self.episode_length)
@@ -222,6 +264,7 @@ class TorchRolloutBuffer(RolloutBuffer):
             advantages=self._advantages_of(rows),
             returns=take("returns"),
             old=gaussian,
+            step_index=rows // self.n_envs % self.episode_length,
         )
 
     def _advantages_of(self, rows: Tensor) -> Tensor:

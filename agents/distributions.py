@@ -10,8 +10,29 @@ from stable_baselines3.common.distributions import Distribution
 from torch import Tensor, nn
 
 from redif_env import transition
-from redif_env.noise import NoiseSchedule
+from redif_env.noise import NoiseSchedule, expand
 from redif_env.transition import Gaussian
+
+
+class StepScale(nn.Module):
+    """A learned factor of each step's std.
+
+    The factor is `std_range ** tanh(weight)`: smooth, 1 at the start, and bounded on both sides, so
+    that exploration neither dies nor explodes.
+
+    Args:
+        num_steps: Steps of the grid.
+        std_range: Largest factor, and the inverse of the smallest; > 1.
+    """
+
+    def __init__(self, num_steps: int, std_range: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_steps))
+        self.log_range = math.log(std_range)
+
+    def forward(self, step_index: Tensor) -> Tensor:
+        """Factors, float32 `(N,)`, of steps int64 `(N,)`."""
+        return (self.log_range * self.weight.tanh()).exp()[step_index]
 
 
 class KernelDistribution(Distribution):
@@ -37,13 +58,22 @@ class KernelDistribution(Distribution):
         return nn.Identity()
 
     def proba_distribution(
-        self, x_t: Tensor, x0_pred: Tensor, t: Tensor, s: Tensor
+        self, x_t: Tensor, x0_pred: Tensor, t: Tensor, s: Tensor, scale: Tensor | None = None
     ) -> KernelDistribution:
-        """Set the parameters: latents and prediction `(N, *latent_shape)`, times `(N,)`."""
+        """Set the parameters.
+
+        Args:
+            x_t, x0_pred: Latents and prediction, `(N, *latent_shape)`.
+            t, s: Times, `(N,)`.
+            scale: Factors of the std, `(N,)`; None: 1.
+        """
         self._inputs = (x_t, x0_pred, t, s)
         self.gaussian = transition.exploration(
             self.schedule, x_t, x0_pred, t, s, self.eta, self.min_std, self.mean
         )
+        if scale is not None:
+            mean, std = self.gaussian
+            self.gaussian = Gaussian(mean, std * expand(scale, std))
         return self
 
     def log_prob_map(self, actions: Tensor) -> Tensor:

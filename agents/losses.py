@@ -29,10 +29,13 @@ def reduce_log_ratio(log_ratio_map: Tensor, ratio: str) -> Tensor:
     return log_ratio_map.mean(1, keepdim=True)
 
 
-def surrogate(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
+def surrogate(
+    log_ratio: Tensor, advantages: Tensor, clip_range: float, weights: Tensor | None = None
+) -> Tensor:
     r"""PPO's clipped objective (Schulman et al. 2017, eq. 7), negated, summed over elements.
 
-    .. math:: -\frac1B \sum_b \sum_d \min(\rho_{bd} A_{bd}, \mathrm{clip}(\rho_{bd}) A_{bd})
+    .. math:: -\frac1B \sum_b w_b \sum_d
+        \min(\rho_{bd} A_{bd}, \mathrm{clip}(\rho_{bd}) A_{bd})
 
     At ratio 1 its gradient is that of the joint objective, for any number of elements.
 
@@ -40,10 +43,12 @@ def surrogate(log_ratio: Tensor, advantages: Tensor, clip_range: float) -> Tenso
         log_ratio: `(B, E)`, from `reduce_log_ratio`.
         advantages: `(B, E)` or `(B, 1)`.
         clip_range: Half-width of the interval around 1 that ratios are clipped to.
+        weights: Of the rows, `(B,)`; None: 1 each.
     """
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
-    return -torch.min(ratio * advantages, clipped * advantages).sum(1).mean()
+    rows = torch.min(ratio * advantages, clipped * advantages).sum(1)
+    return -(rows if weights is None else weights * rows).mean()
 
 
 def clip_fraction(log_ratio: Tensor, clip_range: float) -> Tensor:
@@ -51,12 +56,36 @@ def clip_fraction(log_ratio: Tensor, clip_range: float) -> Tensor:
     return ((log_ratio.detach().exp() - 1).abs() > clip_range).float().mean()
 
 
-def kl_per_element(mean: Tensor, old: Gaussian) -> Tensor:
-    r"""Mean over rows and elements of KL(old || new), :math:`(\mu - \mu_{old})^2 / (2\,std^2)`.
+def kl_map(mean: Tensor, old: Gaussian, std: Tensor | None = None) -> Tensor:
+    r"""KL(old || new) of each element, `(B, ...)`, without gradient; exact for Gaussians.
 
-    Exact for Gaussians of one std, and independent of the action's dimension.
+    .. math:: \log\frac{\mathrm{std}}{\mathrm{std}_{old}} - \frac12
+        + \frac{\mathrm{std}_{old}^2 + (\mu - \mu_{old})^2}{2\,\mathrm{std}^2}
+
+    Args:
+        mean: Mean of the new Gaussian, `(B, ...)`.
+        old: The Gaussian that was acted with.
+        std: The new Gaussian's std, like `old.std`; None: the same.
     """
-    return ((mean.detach() - old.mean) ** 2 / (2 * old.std**2)).mean()
+    mean = mean.detach()
+    if std is None:
+        return (mean - old.mean) ** 2 / (2 * old.std**2)
+    narrowing = old.std / std.detach()
+    shift = (mean - old.mean) ** 2 / (2 * std.detach() ** 2)
+    return shift + (narrowing**2 - 1) / 2 - narrowing.log()
+
+
+def effective_sample_size(log_ratio: Tensor) -> Tensor:
+    r"""Share of the rows that importance weights leave, :math:`(\sum\rho)^2 / (B\sum\rho^2)`.
+
+    Of each column (Kish 1965), averaged: 1 while no ratio has moved, 1/B when one row has it all.
+
+    Args:
+        log_ratio: `(B, E)`.
+    """
+    log_weights = log_ratio.detach().double()
+    sizes = 2 * log_weights.logsumexp(0) - (2 * log_weights).logsumexp(0)
+    return (sizes.exp() / len(log_ratio)).mean().float()
 
 
 def approximate_kl(log_ratio: Tensor) -> Tensor:

@@ -21,7 +21,9 @@ from redif_env.loading import build_from_description, load_denoiser
 from redif_env.schedules import explicit
 from redif_env.transition import EXPLORATION_MEANS, Gaussian
 
-from .distributions import KernelDistribution
+from .averaging import update_average
+from .critics import Critic, MapCritic
+from .distributions import KernelDistribution, StepScale
 
 StudentSource = str | Path | Mapping[str, Any] | Callable[[], Denoiser]
 
@@ -31,7 +33,7 @@ class Exploration(NamedTuple):
 
     Attributes:
         actions: float32 `(N, A)`.
-        values: float32 `(N,)`; zeros without a critic.
+        values: float32 `(N,)`, or maps `(N, A)`; zeros without a critic.
         gaussian: What the actions were drawn from, `(N, *latent_shape)`.
     """
 
@@ -50,40 +52,6 @@ class NoFeatures(BaseFeaturesExtractor):
         return observations
 
 
-class Critic(nn.Module):
-    """A small value network on (pooled) latents, time, steps left and class.
-
-    Args:
-        observation_space: Of the environment.
-        width: Hidden units.
-    """
-
-    POOLED_SIDE = 8
-
-    def __init__(self, observation_space: spaces.Dict, width: int) -> None:
-        super().__init__()
-        shape = observation_space["latents"].shape or ()
-        self.num_classes = _num_classes(observation_space)
-        image = len(shape) == 3
-        self.pool = nn.AdaptiveAvgPool2d(self.POOLED_SIDE) if image else nn.Identity()
-        size = shape[0] * self.POOLED_SIDE**2 if image else int(torch.Size(shape).numel())
-        self.body = nn.Sequential(
-            nn.Linear(size + 2 + self.num_classes, width),
-            nn.SiLU(),
-            nn.Linear(width, width),
-            nn.SiLU(),
-            nn.Linear(width, 1),
-        )
-
-    def forward(self, obs: Mapping[str, Tensor]) -> Tensor:
-        """Values, float32 `(N,)`."""
-        parts = [self.pool(obs["latents"]).flatten(1), obs["timestep"], obs["steps_left"]]
-        if self.num_classes:
-            classes = obs["condition"].long().flatten()
-            parts.append(nn.functional.one_hot(classes, self.num_classes).float())
-        return self.body(torch.cat(parts, 1)).squeeze(1)
-
-
 class StudentPolicy(ActorCriticPolicy):
     """The student of a fixed schedule as a policy over next latents.
 
@@ -100,8 +68,13 @@ class StudentPolicy(ActorCriticPolicy):
         exploration_mean: `"ode"` or `"sde"`, see `redif_env.transition.exploration`.
         reference: Whether to keep a frozen copy of the student that training starts from.
         critic: Whether to build a value network.
-        critic_width: Hidden units of the value network.
+        critic_map: Whether it predicts a map of values, for local credit.
+        critic_width: Hidden units of the value network; a sixteenth as many channels in a map's.
         critic_lr_scale: Its learning rate, as a multiple of the actor's.
+        learn_std: Whether to learn a factor of each step's std.
+        std_range: The factor stays between `1 / std_range` and `std_range`, which bounds the
+            entropy from below too; > 1.
+        std_lr_scale: Its learning rate, as a multiple of the actor's.
         optimizer_class, optimizer_kwargs: as in Stable-Baselines3.
         use_sde: Must be False.
 
@@ -109,6 +82,7 @@ class StudentPolicy(ActorCriticPolicy):
         denoiser: The student that is trained; always in evaluation mode, so that dropout can not
             make rollout and update disagree.
         ema_denoiser: Moving average of its weights: what is evaluated and exported.
+        step_scale: The learned factors of the std, or None.
         reference_denoiser: The student that training started from, or None.
     """
 
@@ -125,8 +99,12 @@ class StudentPolicy(ActorCriticPolicy):
         exploration_mean: str = "ode",
         reference: bool = False,
         critic: bool = False,
+        critic_map: bool = False,
         critic_width: int = 256,
         critic_lr_scale: float = 10.0,
+        learn_std: bool = False,
+        std_range: float = 4.0,
+        std_lr_scale: float = 50.0,
         use_sde: bool = False,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
@@ -143,8 +121,12 @@ class StudentPolicy(ActorCriticPolicy):
             "timesteps": [float(t) for t in timesteps],
             "reference": reference,
             "critic": critic,
+            "critic_map": critic_map,
             "critic_width": critic_width,
             "critic_lr_scale": check_number("critic_lr_scale", critic_lr_scale),
+            "learn_std": learn_std,
+            "std_range": check_number("std_range", std_range, 1 + 1e-6),
+            "std_lr_scale": check_number("std_lr_scale", std_lr_scale),
         }
         super().__init__(
             observation_space,
@@ -169,15 +151,16 @@ class StudentPolicy(ActorCriticPolicy):
         grid = explicit(settings["timesteps"], self.denoiser.schedule)
         self.timesteps: Tensor
         self.register_buffer("timesteps", grid)
-        self.value_critic: Critic | None = None
         groups = [{"params": list(self.denoiser.network.parameters())}]
+        self.value_critic: nn.Module | None = None
         if settings["critic"]:
-            self.value_critic = Critic(self.observation_space, settings["critic_width"])  # type: ignore[arg-type]
-            critic = {
-                "params": list(self.value_critic.parameters()),
-                "lr_scale": settings["critic_lr_scale"],
-            }
-            groups.append(critic)
+            kind = MapCritic if settings["critic_map"] else Critic
+            self.value_critic = kind(self.observation_space, settings["critic_width"])  # type: ignore[arg-type]
+            groups.append(_group("critic", self.value_critic, settings["critic_lr_scale"]))
+        self.step_scale: StepScale | None = None
+        if settings["learn_std"]:
+            self.step_scale = StepScale(len(grid) - 1, settings["std_range"])
+            groups.append(_group("std", self.step_scale, settings["std_lr_scale"]))
         self.optimizer = self.optimizer_class(groups, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
 
     @property
@@ -202,11 +185,11 @@ class StudentPolicy(ActorCriticPolicy):
         actions = distribution.sample_antithetic() if antithetic else distribution.sample()
         if rows is not None:
             actions = torch.where(rows.unsqueeze(1), actions, distribution.mode())
-        return Exploration(actions, self._values(obs), distribution.gaussian)
+        return Exploration(actions, self.values(obs), distribution.gaussian)
 
-    def means(self, obs: Mapping[str, Tensor]) -> Tensor:
-        """Means of the exploring Gaussians, `(N, *latent_shape)`, with gradients."""
-        return self.get_distribution(obs).gaussian.mean
+    def gaussian(self, obs: Mapping[str, Tensor]) -> Gaussian:
+        """What the policy explores with, `(N, *latent_shape)`, with gradients."""
+        return self.get_distribution(obs).gaussian
 
     def reference_means(self, obs: Mapping[str, Tensor]) -> Tensor:
         """Means that the reference would explore around, `(N, *latent_shape)`."""
@@ -218,29 +201,32 @@ class StudentPolicy(ActorCriticPolicy):
         return self._distribution(self.denoiser, obs)
 
     def _distribution(self, denoiser: Denoiser, obs: Mapping[str, Tensor]) -> KernelDistribution:
-        x_t, t, s = obs["latents"], *self._times(obs)
+        index = self._step_index(obs)
+        x_t, t, s = obs["latents"], self.timesteps[index], self.timesteps[index + 1]
         condition = obs["condition"].long().flatten() if "condition" in obs else None
         distribution = KernelDistribution(
             denoiser.schedule, self.eta, self.min_std, self.exploration_mean
         )
-        return distribution.proba_distribution(x_t, denoiser(x_t, t, condition), t, s)
+        scale = None if self.step_scale is None else self.step_scale(index)
+        return distribution.proba_distribution(x_t, denoiser(x_t, t, condition), t, s, scale)
 
     def forward(  # type: ignore[override]
         self, obs: Mapping[str, Tensor], deterministic: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         distribution = self.get_distribution(obs)
         actions = distribution.get_actions(deterministic=deterministic)
-        return actions, self._values(obs).unsqueeze(1), distribution.log_prob(actions)
+        return actions, self.predict_values(obs), distribution.log_prob(actions)
 
     def evaluate_actions(  # type: ignore[override]
         self, obs: Mapping[str, Tensor], actions: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         distribution = self.get_distribution(obs)
         log_prob = distribution.log_prob(actions)
-        return self._values(obs).unsqueeze(1), log_prob, distribution.entropy()
+        return self.predict_values(obs), log_prob, distribution.entropy()
 
     def predict_values(self, obs: Mapping[str, Tensor]) -> Tensor:  # type: ignore[override]
-        return self._values(obs).unsqueeze(1)
+        values = self.values(obs)
+        return (values if values.ndim == 1 else values.mean(1)).unsqueeze(1)
 
     def set_training_mode(self, mode: bool) -> None:
         """Only the critic follows: the student stays in evaluation mode."""
@@ -248,12 +234,10 @@ class StudentPolicy(ActorCriticPolicy):
         if self.value_critic is not None:
             self.value_critic.train(mode)
 
-    @torch.no_grad()
-    def update_ema(self, decay: float) -> None:
-        """Move the averaged weights a share `1 - decay` towards the trained ones."""
-        averaged: list[Tensor] = list(self.ema_denoiser.network.parameters())
-        trained: list[Tensor] = list(self.denoiser.network.parameters())
-        torch._foreach_lerp_(averaged, trained, 1 - decay)
+    def update_ema(self, decay: float, updates: int) -> None:
+        """Let the averaged weights follow the trained ones; see `averaging.update_average`."""
+        averaged = self.ema_denoiser.network.parameters()
+        update_average(averaged, self.denoiser.network.parameters(), decay, updates)
 
     def load_student(self, state: Mapping[str, Tensor]) -> None:
         """Start from these weights of the network, the average and the reference too."""
@@ -261,16 +245,16 @@ class StudentPolicy(ActorCriticPolicy):
             if denoiser is not None:
                 denoiser.network.load_state_dict(state)
 
-    def _values(self, obs: Mapping[str, Tensor]) -> Tensor:
+    def values(self, obs: Mapping[str, Tensor]) -> Tensor:
+        """The critic's values, float32 `(N,)`, or maps of them `(N, A)`; zeros without one."""
         if self.value_critic is None:
             return obs["latents"].new_zeros(len(obs["latents"]))
         return self.value_critic(obs)
 
-    def _times(self, obs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Current and next times, float32 `(N,)`, of the steps that are left."""
+    def _step_index(self, obs: Mapping[str, Tensor]) -> Tensor:
+        """Steps taken, int64 `(N,)`; an episode that has ended is given its last step."""
         left = (obs["steps_left"].flatten() * self.num_steps).round().long().clamp_min(1)
-        index = self.num_steps - left
-        return self.timesteps[index], self.timesteps[index + 1]
+        return self.num_steps - left
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {
@@ -304,9 +288,13 @@ def make_student(source: StudentSource) -> Denoiser:
     return made
 
 
-def _num_classes(observation_space: spaces.Dict) -> int:
-    condition = observation_space.spaces.get("condition")
-    return int(condition.n) if isinstance(condition, spaces.Discrete) else 0
+def _group(name: str, module: nn.Module, lr_scale: float) -> dict[str, Any]:
+    """A parameter group of the optimiser, with its own gradient clip and learning rate."""
+    return {
+        "params": list(module.parameters()),
+        "lr_scale": lr_scale,
+        "norm_name": f"{name}_grad_norm",
+    }
 
 
 def _check_spaces(observation_space: Any, action_space: Any, denoiser: Denoiser) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from gymnasium.vector import VectorEnv
@@ -15,7 +15,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from redif_env import transition
+from redif_env import schedules, transition
 from redif_env.env import ReDiFEnv
 from redif_env.errors import (
     InvalidArgumentError,
@@ -28,19 +28,20 @@ from redif_env.loading import describe
 from redif_env.transition import Gaussian
 from redif_env.vector_env import ReDiFVectorEnv
 
-from . import losses
+from . import compatibility, diagnostics, losses
 from .buffers import RolloutBatch, TorchRolloutBuffer
-from .divergences import DIVERGENCES, AdaptiveCoefficient, check_divergence, divergence_map
+from .divergences import DIVERGENCES, AdaptiveCoefficient, divergence_map
 from .policies import StudentPolicy
 from .statistics import EpisodeStatistics, HostView
 from .vec_env import TorchVecEnv
 
-ADVANTAGES = ("group", "batch", "gae")
+ADVANTAGES = ("group", "batch", "task", "gae")
 CREDITS = ("local", "global")
 STOCHASTIC_STEPS = ("all", "one")
 # Root-mean-square log-ratio an element before the first update. float32 on different batch sizes
 # gives about 1e-5; active dropout, another guidance scale or mixed dtypes give 0.1 and more.
 RATIO_TOLERANCE = 1e-2
+GAP_TASKS = 64  # on which the gap is measured before the first rollout
 MAX_SKIPPED = 3  # updates in a row that may have no finite loss or gradient
 
 
@@ -50,6 +51,27 @@ class RatioError(ReDiFError, RuntimeError):
 
 class TrainingDivergedError(ReDiFError, RuntimeError):
     """Several updates in a row had a loss or gradient that is not finite."""
+
+
+class Evaluation(NamedTuple):
+    """What the policy as it is now says of a minibatch of B transitions.
+
+    Attributes:
+        log_ratio: float32 `(B, E)`, see `losses.reduce_log_ratio`.
+        kl: KL(old, new) of each row, `(B,)`: an element with `StudentPolicy`, the whole action
+            with others.
+        error: Root-mean-square log-ratio, scalar.
+        values: The critic's, `(B,)` or `(B, D)`, or None.
+        entropy: `(B,)`, or None where nothing can change it.
+        gaussian: What a student explores with now, or None for other policies.
+    """
+
+    log_ratio: Tensor
+    kl: Tensor
+    error: Tensor
+    values: Tensor | None
+    entropy: Tensor | None
+    gaussian: Gaussian | None
 
 
 class ReDiFPPO(PPO):
@@ -72,21 +94,27 @@ class ReDiFPPO(PPO):
         max_grad_norm: Largest gradient norm; with a critic, of actor and critic each.
         ratio: `"element"`, `"mean"` or `"sum"`; see `losses.reduce_log_ratio`.
         advantage: `"group"`: relative to the other rollouts of the same task (the environment's
-            `group_size` must be at least 2); `"batch"`: to all of the rollout (DDPO); `"gae"`:
-            relative to a critic.
+            `group_size` must be at least 2); `"batch"`: to all of the rollout (DDPO); `"task"`: to
+            a running mean of the task; `"gae"`: to a critic, which predicts a map of values with
+            local credit (element-wise GAE).
         credit: `"local"`: each element is credited with the reward of its own place, from the
             reward's map; `"global"`: all with the whole reward.
         local_weight: Share of local credit in the mixture with global credit, in [0, 1].
         local_radius: Elements around its own place whose reward an element is credited with.
         advantage_clip: Largest size of a normalised advantage; None does not clip.
-        stochastic_steps: `"all"`, or `"one"`: a single random step of each trajectory explores (the
-            same one in a group), so that all of the return's variance belongs to it; only that
-            step is trained on. Default: `"one"` with groups, else `"all"`.
+        stochastic_steps: `"all"`, `"one"`, or a number of neighbouring steps (cyclically, so that
+            each step explores equally often): only these explore, at random and the same ones in
+            a group, so that all of the return's variance belongs to them; only they are trained
+            on. Default: `"one"` with groups, else `"all"`.
+        step_weights: Weight of each step's loss; default: 1 each.
         antithetic: Whether neighbours in a group explore with opposite noise, which cancels the
             even orders of the reward's change. Needs groups of even size. Default: with groups.
         eta: Noise factor while exploring; number or function of the remaining progress.
         min_std: Smallest exploration std, in latent units; likewise.
-        ema_decay: Of the student's moving average, an iteration.
+        gap_fraction: Explore with at least this share of the gap, the root-mean-square distance of
+            the last rollout's samples (of their group's mean) from the teacher's: exploration
+            shrinks as the student learns. `min_std` stays the floor. None: no such rule.
+        ema_decay: Of the student's moving average, an update; reached after a warm-up.
         target_kl: Stop the epochs of an iteration beyond 1.5 times this KL; an *element* of the
             action with a `StudentPolicy`, of the whole action with other policies (as in
             Stable-Baselines3).
@@ -104,6 +132,8 @@ class ReDiFPPO(PPO):
 
     Attributes:
         rows_trained: Transitions that gradients were computed for since construction.
+        gap: What `gap_fraction` is a share of, in latent units; 0 until it is first needed, when
+            it is measured on a few tasks without noise.
 
     Raises:
         InvalidArgumentError: for options that do not go together, at construction.
@@ -136,10 +166,12 @@ class ReDiFPPO(PPO):
         local_weight: float = 1.0,
         local_radius: int = 0,
         advantage_clip: float | None = None,
-        stochastic_steps: str | None = None,
+        stochastic_steps: str | int | None = None,
+        step_weights: Sequence[float] | None = None,
         antithetic: bool | None = None,
         eta: float | Schedule = 0.1,
         min_std: float | Schedule = 0.02,
+        gap_fraction: float | None = None,
         ema_decay: float = 0.95,
         target_kl: float | None = None,
         adaptive_lr: bool = False,
@@ -164,33 +196,48 @@ class ReDiFPPO(PPO):
         self.local_radius = check_integer("local_radius", local_radius, 0)
         if advantage_clip is not None:
             advantage_clip = check_number("advantage_clip", advantage_clip, 1e-6)
-            if advantage == "gae":
-                raise InvalidArgumentError(
-                    "advantage_clip", advantage_clip, "pass None with advantage='gae'."
-                )
         self.advantage_clip = advantage_clip
-        self._configure_penalty(divergence, divergence_coef, divergence_alpha, divergence_target)
-        self._configure_trust_region(target_kl, adaptive_lr)
+        if divergence is not None:
+            check_choice("divergence", divergence, DIVERGENCES)
+        self.divergence = divergence
+        self.divergence_coef = check_number("divergence_coef", divergence_coef)
+        self.divergence_alpha = divergence_alpha
+        self.divergence_target = divergence_target
+        self.adaptive_lr = adaptive_lr
+        self.target_kl = target_kl
         grouped = advantage == "group"
         if stochastic_steps is None:
             stochastic_steps = "one" if grouped else "all"
-        self.stochastic_steps = check_choice("stochastic_steps", stochastic_steps, STOCHASTIC_STEPS)
+        self.stochastic_steps = _check_window(stochastic_steps)
+        if step_weights is not None:
+            step_weights = [check_number("step_weights", weight) for weight in step_weights]
+        self.step_weights = step_weights
         self.antithetic = grouped if antithetic is None else antithetic
         self.eta = eta
         self.min_std = min_std
-        self.rows_trained = 0
-        self._explored_step: Tensor
+        if gap_fraction is not None:
+            gap_fraction = check_number("gap_fraction", gap_fraction)
+        self.gap_fraction = gap_fraction
+        self.gap = 0.0
+        self._gap: Tensor | None = None
         self.ema_decay = check_number("ema_decay", ema_decay, 0, 1)
+        compatibility.check_options(self)
+        self.adaptive_coef = (
+            None
+            if divergence_target is None
+            else AdaptiveCoefficient(divergence_target, divergence_coef)
+        )
+        # The learning rate is divided by a coefficient that grows while the KL is too large.
+        self.lr_divisor = AdaptiveCoefficient(target_kl or 1.0) if adaptive_lr else None
+        self.rows_trained = 0
+        self.updates = 0
+        self.updates_skipped = 0
+        self._skipped_in_a_row = 0
+        self._explored_step: Tensor
         if n_steps is not None:
             n_steps = check_integer("n_steps", n_steps, 1)
         batch_size = check_integer("batch_size", batch_size, 2)
         n_epochs = check_integer("n_epochs", n_epochs, 1)
-        if credit == "local" and ratio != "element":
-            raise InvalidArgumentError("ratio", ratio, "credit='local' needs ratio='element'.")
-        if credit == "local" and advantage == "gae":
-            raise InvalidArgumentError(
-                "credit", credit, "the critic has no map: pass 'global', or advantage='group'."
-            )
         if env is not None and not isinstance(env, str):
             env = self._wrap_env(env, verbose)
         native = env if isinstance(env, TorchVecEnv) else None
@@ -226,6 +273,12 @@ class ReDiFPPO(PPO):
             self._setup_model()
 
     @property
+    def window(self) -> int | None:
+        """How many steps of an episode explore; None: all."""
+        named = {"all": None, "one": 1}
+        return named.get(self.stochastic_steps, self.stochastic_steps)  # type: ignore[arg-type]
+
+    @property
     def trains_student(self) -> bool:
         """Whether the policy is a `StudentPolicy`."""
         return issubclass(self.policy_class, StudentPolicy)
@@ -246,6 +299,7 @@ class ReDiFPPO(PPO):
             self._configure()
         super()._setup_model()
         self._load_teacher_weights()
+        self._start = diagnostics.copies(self._actor_parameters())
 
     def set_env(self, env: Any, force_reset: bool = True) -> None:
         """As in Stable-Baselines3; the environment must have the student's schedule."""
@@ -256,14 +310,14 @@ class ReDiFPPO(PPO):
         except InvalidArgumentError:
             self.env = before
             raise
-        if isinstance(self.rollout_buffer, TorchRolloutBuffer) and self.advantage != "gae":
+        if isinstance(self.rollout_buffer, TorchRolloutBuffer) and self.trains_student:
             self.rollout_buffer.group_size = self.rollout_buffer_kwargs["group_size"]
 
     def _configure(self) -> None:
         """Settle what depends on the environment, and refuse what does not go together."""
         env = self.env if isinstance(self.env, TorchVecEnv) else None
         if not self.trains_student:
-            self._check_generic_policy()
+            compatibility.check_generic_policy(self)
         elif env is None:
             raise InvalidArgumentError(
                 "env",
@@ -279,108 +333,38 @@ class ReDiFPPO(PPO):
             "local_weight": self.local_weight,
             "local_radius": self.local_radius,
             "advantage_clip": self.advantage_clip,
-            "stochastic_steps": self.stochastic_steps,
+            "stochastic_steps": self.window,
+            "normalize_advantage": self.normalize_advantage,
             "seed": self.seed or 0,
             **self.rollout_buffer_kwargs,
         }
-        base = env.env.unwrapped
         if self.trains_student:
-            self._configure_student(base)
-        if self.advantage != "gae":
-            self._configure_groups(base)
-
-    def _configure_penalty(
-        self, name: str | None, coef: float, alpha: float, target: float | None
-    ) -> None:
-        if name is not None:
-            check_choice("divergence", name, DIVERGENCES)
-            check_divergence(name, alpha)
-        elif target is not None:
-            raise InvalidArgumentError("divergence_target", target, "pass a divergence with it.")
-        self.divergence = name
-        self.divergence_coef = check_number("divergence_coef", coef)
-        self.divergence_alpha = alpha
-        self.adaptive_coef = None if target is None else AdaptiveCoefficient(target, coef)
-
-    def _configure_trust_region(self, target_kl: float | None, adaptive_lr: bool) -> None:
-        if adaptive_lr and target_kl is None:
-            raise InvalidArgumentError("adaptive_lr", True, "pass a target_kl for it to hold.")
-        # The learning rate is divided by a coefficient that grows while the KL is too large.
-        self.lr_divisor = AdaptiveCoefficient(target_kl or 1.0) if adaptive_lr else None
-        self.updates_skipped = 0
-        self._skipped_in_a_row = 0
-
-    def _check_generic_policy(self) -> None:
-        if self.divergence is not None:
-            raise InvalidArgumentError("divergence", self.divergence, "pass StudentPolicy with it.")
-        for name, wanted in (("ratio", "sum"), ("advantage", "gae"), ("credit", "global")):
-            if getattr(self, name) != wanted:
-                raise InvalidArgumentError(
-                    name, getattr(self, name), f"pass {wanted!r}: only StudentPolicy takes others."
-                )
+            self._configure_student(env.env.unwrapped)
 
     def _configure_student(self, base: Any) -> None:
         defaults: dict[str, Any] = {
             "critic": self.advantage == "gae",
+            "critic_map": self.credit == "local",
             "reference": self.divergence is not None,
+            "eta": _at(self.eta, 1.0),
+            "min_std": _at(self.min_std, 1.0),
         }
+        self._copies_teacher = False
         if isinstance(base, ReDiFVectorEnv):
-            if base.timesteps is None:
-                raise InvalidArgumentError(
-                    "schedule", "free", "StudentPolicy needs a fixed one: 'uniform' or a list."
-                )
-            if base.process.action_type != "latent" or base.process.student is not None:
-                raise InvalidArgumentError(
-                    "action_type",
-                    base.process.action_type,
-                    "StudentPolicy acts in next latents: pass 'latent' and residual=False.",
-                )
+            compatibility.check_process(base)
+            assert base.timesteps is not None
             defaults["timesteps"] = base.timesteps.tolist()
-            if "student" not in self.policy_kwargs:
+            self._copies_teacher = "student" not in self.policy_kwargs
+            if self._copies_teacher:
                 defaults["student"] = describe(base.teacher.denoiser, base.teacher.make_solver())
-        for name, plain in (("stochastic_steps", "all"), ("antithetic", False)):
-            if self.advantage == "gae" and getattr(self, name) != plain:
-                raise InvalidArgumentError(
-                    name, getattr(self, name), f"pass {plain!r} with advantage='gae'."
-                )
-        defaults["eta"], defaults["min_std"] = _at(self.eta, 1.0), _at(self.min_std, 1.0)
-        self._copies_teacher = "student" in defaults
+            compatibility.check_episodes(self, base.group_size, base.max_steps, base.process.reward)
+            self.rollout_buffer_kwargs.update(
+                group_size=base.group_size, episode_length=base.max_steps, num_tasks=base.num_tasks
+            )
         self.policy_kwargs = {**defaults, **self.policy_kwargs}
-        self._check_timesteps(defaults.get("timesteps"))
-
-    def _check_timesteps(self, grid: list[float] | None) -> None:
-        """The student's own times must be the environment's: it is not told them otherwise."""
-        given = self.policy_kwargs.get("timesteps", [])
-        own = [float(t) for t in given]
-        if grid is not None and [*own, 0.0][: len(grid)] != grid:
-            raise InvalidArgumentError(
-                "timesteps", own, f"the environment's schedule is {grid}: make them the same."
-            )
-
-    def _configure_groups(self, base: Any) -> None:
-        group_size = getattr(base, "group_size", 1)
-        length = getattr(base, "max_steps", 0)
-        if group_size < 2 and self.advantage == "group":
-            raise InvalidArgumentError(
-                "group_size", group_size, "advantage='group' needs an environment with at least 2."
-            )
-        if getattr(base, "timesteps", None) is None:
-            raise InvalidArgumentError(
-                "schedule", "free", f"advantage={self.advantage!r} needs episodes of one length."
-            )
-        if self.n_steps % length:
-            raise InvalidArgumentError(
-                "n_steps", self.n_steps, f"pass a multiple of the episode length {length}."
-            )
-        if self.credit == "local" and not base.process.reward.has_map:
-            raise InvalidArgumentError(
-                "credit", "local", f"reward {base.process.reward.name!r} has no map: pass 'global'."
-            )
-        if self.antithetic and group_size % 2:
-            raise InvalidArgumentError(
-                "group_size", group_size, "antithetic=True needs groups of even size."
-            )
-        self.rollout_buffer_kwargs.update(group_size=group_size, episode_length=length)
+        compatibility.check_timesteps(
+            self.policy_kwargs.get("timesteps", []), defaults.get("timesteps")
+        )
 
     def _load_teacher_weights(self) -> None:
         if self._copies_teacher:
@@ -421,16 +405,45 @@ class ReDiFPPO(PPO):
                 return False
             statistics.add(infos)
             rollout_buffer.add(observation, actions, rewards, starts, **record)  # type: ignore[arg-type]
-            if "reward_map" in infos and self.credit == "local":
-                rollout_buffer.add_reward_map(infos["reward_map"])
+            self._add_outcome(rollout_buffer, infos)
             self._last_episode_starts = ended  # type: ignore[assignment]
         with torch.no_grad():
-            last_values = self.policy.predict_values(self._last_obs)  # type: ignore[arg-type]
+            last_values = self._values(self._last_obs)
         rollout_buffer.compute_returns_and_advantage(last_values, ended)
         statistics.record(self.ep_info_buffer)
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
+
+    def _add_outcome(self, buffer: TorchRolloutBuffer, infos: Mapping[str, Any]) -> None:
+        """Store what episodes that ended leave behind, beside the reward."""
+        if not self.trains_student or "episode" not in infos:
+            return
+        if self.credit == "local":
+            buffer.add_reward_map(infos["reward_map"])
+        if self.advantage == "task":
+            buffer.add_tasks(infos["task"])
+        if self.gap_fraction is not None:
+            state = self.env.env.unwrapped.last_state  # type: ignore[union-attr]
+            error = (state.x_t - state.teacher_x_0).unflatten(0, (-1, buffer.group_size))
+            # The mean of a group, of opposite noise above all, is nearly free of exploration.
+            self._gap = _root_mean_square(error.mean(1))
+
+    @torch.no_grad()
+    def _gap_without_noise(self) -> Tensor:
+        """The gap of the tasks that the first episodes start from, or of some of them."""
+        assert isinstance(self.policy, StudentPolicy)
+        state, some = self.env.env.unwrapped.state, slice(GAP_TASKS)  # type: ignore[union-attr]
+        condition = None if state.condition is None else state.condition[some]
+        x_0 = schedules.sample(
+            self.policy.denoiser, state.x_T[some], condition, self.policy.timesteps
+        )
+        return _root_mean_square(x_0 - state.teacher_x_0[some])
+
+    def _values(self, observation: Any) -> Tensor:
+        if isinstance(self.policy, StudentPolicy):
+            return self.policy.values(observation)
+        return self.policy.predict_values(observation)
 
     def train(self) -> None:
         """Update the policy with the rollout that was collected."""
@@ -444,8 +457,6 @@ class ReDiFPPO(PPO):
             self._n_updates += 1
             if not completed:
                 break
-        if self.trains_student:
-            self.policy.update_ema(self.ema_decay)  # type: ignore[operator]
         self._adapt(history)
         self._record(history, clip_range)
 
@@ -474,11 +485,14 @@ class ReDiFPPO(PPO):
                 return False
             self.policy.optimizer.zero_grad()
             loss.backward()
-            grad_norm = self._clip_gradients()
+            norms = self._clip_gradients()
             self.rows_trained += len(batch.actions)
-            if self._is_finite(loss, grad_norm):
-                statistics["grad_norm"] = grad_norm
+            statistics.update(norms)
+            if self._is_finite(loss, norms["grad_norm"]):
                 self.policy.optimizer.step()
+                self.updates += 1
+                if isinstance(self.policy, StudentPolicy):
+                    self.policy.update_ema(self.ema_decay, self.updates)
         return True
 
     def _is_finite(self, loss: Tensor, grad_norm: Tensor) -> bool:
@@ -501,60 +515,73 @@ class ReDiFPPO(PPO):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """PPO's loss on a minibatch, and what to log of it."""
         if self.trains_student:
-            log_ratio, kl, error, values, entropy, mean = self._evaluate_student(batch)
+            new = self._evaluate_student(batch)
         else:
-            log_ratio, kl, error, values, entropy = self._evaluate_generic(batch)
-        policy_loss = losses.surrogate(log_ratio, self._advantages(batch), clip_range)
+            new = self._evaluate_generic(batch)
+        weights = None if self.step_weights is None else self._weights_of(batch)
+        policy_loss = losses.surrogate(new.log_ratio, self._advantages(batch), clip_range, weights)
         loss = policy_loss
         statistics = {
             "policy_gradient_loss": policy_loss.detach(),
-            "kl": kl,
-            "clip_fraction": losses.clip_fraction(log_ratio, clip_range),
-            "ratio_error": error,
+            "kl": new.kl.mean(),
+            "clip_fraction": losses.clip_fraction(new.log_ratio, clip_range),
+            "effective_sample_size": losses.effective_sample_size(new.log_ratio),
+            "ratio_error": new.error,
         }
+        if new.gaussian is not None:
+            statistics["per_step"] = diagnostics.per_step(
+                batch,
+                new,
+                clip_range,
+                self.policy.num_steps,  # type: ignore[arg-type]
+            )
         if self.divergence is not None:
-            penalty = self._penalty(batch, mean)
+            penalty = self._penalty(batch, new.gaussian)
             joint = losses.reduce_log_ratio(penalty, self.ratio).sum(1).mean()
             loss = loss + self.divergence_coef * joint
             statistics["divergence"] = penalty.detach().mean()
-        if values is not None:
-            value_loss = losses.value_loss(values, batch.old_values, batch.returns, clip_range_vf)
+        if new.values is not None:
+            value_loss = losses.value_loss(
+                new.values, batch.old_values, batch.returns, clip_range_vf
+            )
             loss = loss + self.vf_coef * value_loss
             statistics["value_loss"] = value_loss.detach()
-        if entropy is not None:
-            loss = loss - self.ent_coef * entropy.mean()
-            statistics["entropy_loss"] = -entropy.detach().mean()
+        if new.entropy is not None:
+            loss = loss - self.ent_coef * new.entropy.mean()
+            statistics["entropy_loss"] = -new.entropy.detach().mean()
         statistics["loss"] = loss.detach()
         return loss, statistics
 
-    def _evaluate_student(
-        self, batch: RolloutBatch
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
-        """Log-ratios, KL an element, ratio error an element, values, entropy, means."""
+    def _evaluate_student(self, batch: RolloutBatch) -> Evaluation:
         policy = self.policy
         assert batch.old is not None
         assert isinstance(policy, StudentPolicy)
-        mean = policy.means(batch.observations)
+        distribution = policy.get_distribution(batch.observations)
+        mean, std = distribution.gaussian
+        new_std = None if policy.step_scale is None else std
         x_s = batch.actions.reshape(mean.shape)
-        log_ratio_map = transition.log_ratio_map(x_s, mean, batch.old).flatten(1)
-        values = None
-        if policy.value_critic is not None:
-            values = policy.value_critic(batch.observations)
-        log_ratio = losses.reduce_log_ratio(log_ratio_map, self.ratio)
-        error = _root_mean_square(log_ratio_map)
-        return log_ratio, losses.kl_per_element(mean, batch.old), error, values, None, mean
+        log_ratio_map = transition.log_ratio_map(x_s, mean, batch.old, new_std).flatten(1)
+        return Evaluation(
+            log_ratio=losses.reduce_log_ratio(log_ratio_map, self.ratio),
+            kl=losses.kl_map(mean, batch.old, new_std).flatten(1).mean(1),
+            error=_root_mean_square(log_ratio_map),
+            values=None if policy.value_critic is None else policy.values(batch.observations),
+            entropy=None if new_std is None else distribution.entropy(),
+            gaussian=distribution.gaussian,
+        )
 
-    def _penalty(self, batch: RolloutBatch, mean: Tensor) -> Tensor:
-        """Divergence from the reference of each element, `(B, D)`, with gradients to `mean`."""
+    def _penalty(self, batch: RolloutBatch, new: Gaussian | None) -> Tensor:
+        """Divergence from the reference of each element, `(B, D)`, with gradients to `new`."""
         assert batch.old is not None
+        assert new is not None
         assert self.divergence is not None
         assert isinstance(self.policy, StudentPolicy)
         with torch.no_grad():
             reference = self.policy.reference_means(batch.observations)
-        new, ref = Gaussian(mean, batch.old.std), Gaussian(reference, batch.old.std)
+        ref = Gaussian(reference, batch.old.std)
         return divergence_map(self.divergence, new, ref, self.divergence_alpha).flatten(1)
 
-    def _evaluate_generic(self, batch: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _evaluate_generic(self, batch: Any) -> Evaluation:
         """The same of any policy: whole actions instead of elements."""
         actions = batch.actions
         if self.action_space.__class__.__name__ == "Discrete":
@@ -563,8 +590,12 @@ class ReDiFPPO(PPO):
         log_ratio = (log_prob - batch.old_log_prob).unsqueeze(1)
         if entropy is None:  # no closed form
             entropy = -log_prob
-        error = _root_mean_square(log_ratio)
-        return log_ratio, losses.approximate_kl(log_ratio), error, values.flatten(), entropy
+        error, kl = _root_mean_square(log_ratio), losses.approximate_kl(log_ratio)
+        return Evaluation(log_ratio, kl, error, values.flatten(), entropy, None)
+
+    def _weights_of(self, batch: RolloutBatch) -> Tensor:
+        """Weight of each transition's loss, `(B,)`."""
+        return torch.tensor(self.step_weights, device=self.device)[batch.step_index]
 
     def _advantages(self, batch: Any) -> Tensor:
         """Advantages of a minibatch, `(B, D)` or `(B, 1)`."""
@@ -586,13 +617,18 @@ class ReDiFPPO(PPO):
                 "the rollout, another guidance scale, or weights changed by a callback."
             )
 
-    def _clip_gradients(self) -> Tensor:
-        """Clip actor and critic each; returns the actor's norm before clipping."""
-        norms = [
-            torch.nn.utils.clip_grad_norm_(group["params"], self.max_grad_norm)
+    def _clip_gradients(self) -> dict[str, Tensor]:
+        """Clip each parameter group by itself; returns the norms before clipping, by name."""
+        return {
+            group.get("norm_name", "grad_norm"): torch.nn.utils.clip_grad_norm_(
+                group["params"], self.max_grad_norm
+            )
             for group in self.policy.optimizer.param_groups
-        ]
-        return norms[0]
+        }
+
+    def _actor_parameters(self) -> list[Tensor]:
+        """What the actor trains: the first group of the optimiser."""
+        return self.policy.optimizer.param_groups[0]["params"]
 
     def _update_learning_rate(self, optimizers: Any) -> None:
         """As in Stable-Baselines3; a group's `lr_scale` multiplies its learning rate."""
@@ -604,28 +640,36 @@ class ReDiFPPO(PPO):
     def _set_exploration(self) -> None:
         if isinstance(self.policy, StudentPolicy):
             self.policy.eta = _at(self.eta, self._current_progress_remaining)
-            self.policy.min_std = _at(self.min_std, self._current_progress_remaining)
+            min_std = _at(self.min_std, self._current_progress_remaining)
+            if self.gap_fraction is not None:
+                if self._gap is None and not self.gap:
+                    self._gap = self._gap_without_noise()
+                if self._gap is not None:
+                    self.gap = float(self._gap)
+                min_std = max(min_std, self.gap_fraction * self.gap)
+            self.policy.min_std = min_std
 
     def _act(
         self, observation: Mapping[str, Tensor], buffer: TorchRolloutBuffer
     ) -> tuple[Tensor, dict[str, Any]]:
         """Actions `(N, A)`, and what the buffer keeps beside them."""
         if isinstance(self.policy, StudentPolicy):
-            rows = self._exploring_rows(buffer) if self.stochastic_steps == "one" else None
+            rows = None if self.window is None else self._exploring_rows(buffer, self.window)
             actions, values, gaussian = self.policy.explore(observation, rows, self.antithetic)
             return actions, {"values": values, "gaussian": gaussian}
         actions, values, log_prob = self.policy(observation)
         return actions, {"values": values, "log_prob": log_prob}
 
-    def _exploring_rows(self, buffer: TorchRolloutBuffer) -> Tensor:
-        """The rows whose one stochastic step is the current one, bool `(N,)`."""
-        step = buffer.pos % buffer.episode_length
+    def _exploring_rows(self, buffer: TorchRolloutBuffer, window: int) -> Tensor:
+        """The rows whose window of stochastic steps holds the current one, bool `(N,)`."""
+        length = buffer.episode_length
+        step = buffer.pos % length
         if step == 0:
             groups = self.n_envs // buffer.group_size
-            drawn = torch.randint(buffer.episode_length, (groups,), device=buffer.device)
+            drawn = torch.randint(length, (groups,), device=buffer.device)
             self._explored_step = drawn.repeat_interleave(buffer.group_size)
             buffer.add_explored_step(self._explored_step)
-        return self._explored_step == step
+        return (step - self._explored_step) % length < window
 
     def _action_bounds(self, device: torch.device) -> tuple[Tensor, Tensor]:
         space: Any = self.action_space
@@ -635,7 +679,7 @@ class ReDiFPPO(PPO):
         """Log means over the iteration's minibatches: one transfer to the host."""
         for name in history[0]:
             values = [entry[name] for entry in history if name in entry]
-            if values and name != "ratio_error":
+            if values and name not in ("ratio_error", "per_step"):
                 self.logger.record(f"train/{name}", float(torch.stack(values).mean()))
         self.logger.record("train/ratio_error", float(history[0]["ratio_error"]))
         if "value_loss" in history[0]:
@@ -644,12 +688,19 @@ class ReDiFPPO(PPO):
             self.logger.record("train/divergence_coef", self.divergence_coef)
         if isinstance(self.rollout_buffer, TorchRolloutBuffer):
             self.logger.record("train/advantage_scale", float(self.rollout_buffer.advantage_scale))
+        if "per_step" in history[0]:
+            for name, value in diagnostics.step_means(history).items():
+                self.logger.record(f"train/{name}", value)
+        drift = diagnostics.drift(self._actor_parameters(), self._start)
+        self.logger.record("train/parameter_drift", float(drift))
         self.logger.record("train/updates_skipped", self.updates_skipped)
         self.logger.record("train/clip_range", clip_range)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         if isinstance(self.policy, StudentPolicy):
             self.logger.record("train/eta", self.policy.eta)
             self.logger.record("train/min_std", self.policy.min_std)
+        if self.gap_fraction is not None:
+            self.logger.record("train/gap", self.gap)
 
     def _explained_variance(self) -> float:
         """Share of the returns' variance that the critic explains: 1 is all, 0 none."""
@@ -683,11 +734,19 @@ class ReDiFPPO(PPO):
             "_last_obs",
             "_last_episode_starts",
             "_explored_step",
+            "_start",
+            "_gap",
         ]
 
 
-def _root_mean_square(log_ratio: Tensor) -> Tensor:
-    return log_ratio.detach().square().mean().sqrt()
+def _root_mean_square(values: Tensor) -> Tensor:
+    return values.detach().square().mean().sqrt()
+
+
+def _check_window(stochastic_steps: str | int) -> str | int:
+    if isinstance(stochastic_steps, str):
+        return check_choice("stochastic_steps", stochastic_steps, STOCHASTIC_STEPS)
+    return check_integer("stochastic_steps", stochastic_steps, 1)
 
 
 def _at(value: float | Schedule, progress_remaining: float) -> float:

@@ -117,11 +117,11 @@ def log_prob_map(x_s: Tensor, gaussian: Gaussian) -> Tensor:
     return -((x_s - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
 
 
-def log_ratio_map(x_s: Tensor, mean: Tensor, old: Gaussian) -> Tensor:
+def log_ratio_map(x_s: Tensor, mean: Tensor, old: Gaussian, std: Tensor | None = None) -> Tensor:
     r"""Log of the density ratio new / old of each element of `x_s`, `(N, ...)`, in float32.
 
-    The new Gaussian has the old one's std. Computed from the difference of the means, which keeps
-    digits that the difference of two log-probs loses:
+    Computed from the difference of the means, which keeps digits that the difference of two
+    log-probs loses. With the old std:
 
     .. math:: (\mu - \mu_{old}) (2 x_s - \mu - \mu_{old}) / (2\,\mathrm{std}^2)
 
@@ -129,6 +129,13 @@ def log_ratio_map(x_s: Tensor, mean: Tensor, old: Gaussian) -> Tensor:
         x_s: What was sampled from `old`, `(N, ...)`.
         mean: Mean of the new Gaussian, `(N, ...)`.
         old: The Gaussian that `x_s` was drawn from.
+        std: The new Gaussian's std, like `old.std`; None: the same.
     """
-    old_mean, std = old.mean.float(), old.std.float()
-    return (mean.float() - old_mean) * (2 * x_s - mean.float() - old_mean) / (2 * std**2)
+    old_mean, old_std = old.mean.float(), old.std.float()
+    new_std = old_std if std is None else std.float()
+    change = (mean.float() - old_mean) * (2 * x_s - mean.float() - old_mean) / (2 * new_std**2)
+    if std is None:
+        return change
+    noise = (x_s - old_mean) / old_std
+    widening = new_std / old_std
+    return change + noise**2 / 2 * (1 - widening**-2) - widening.log()

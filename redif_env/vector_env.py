@@ -76,8 +76,8 @@ class ReDiFVectorEnv(VectorEnv):
     ## Episode End
     Reaching time 0 terminates; the last of `num_steps` steps always does. Nothing truncates.
     Autoreset is `SAME_STEP`. `infos` of a step where episodes may have ended holds `final_obs`,
-    `_final_obs` (bool mask), `episode` (`r` return, `l` length, `nfe`), `_episode`, and
-    `reward_map` when the reward has a map.
+    `_final_obs` (bool mask), `episode` (`r` return, `l` length, `nfe`), `_episode`, `task` (the
+    row of the bank that the episode was about), and `reward_map` when the reward has a map.
 
     Args:
         num_envs: N.
@@ -188,6 +188,11 @@ class ReDiFVectorEnv(VectorEnv):
         return self._bank
 
     @property
+    def num_tasks(self) -> int:
+        """Tasks of the bank, without building it."""
+        return self._bank_options["size"] if self._bank is None else len(self._bank)
+
+    @property
     def max_steps(self) -> int:
         """Most steps of an episode."""
         return self.process.max_steps
@@ -226,6 +231,7 @@ class ReDiFVectorEnv(VectorEnv):
         elif self._state is None:
             self._episodes = torch.zeros(self.num_envs, dtype=torch.int64, device=self.device)
         tasks = self._chosen_tasks(options) if options and "tasks" in options else self._draw()
+        self._tasks = tasks
         self._state = mdp.initial(self.process, self.bank, tasks)
         self._step_count = 0
         self._bad_action = torch.zeros(2, dtype=torch.bool, device=self.device)
@@ -387,6 +393,7 @@ class ReDiFVectorEnv(VectorEnv):
                 "nfe": length * self.process.nfe_per_step,
             },
             "_episode": ended.clone(),
+            "task": self._tasks.clone(),
         }
         if reward_map is not None:
             infos["reward_map"] = reward_map
@@ -395,7 +402,9 @@ class ReDiFVectorEnv(VectorEnv):
     def _restart(self, state: mdp.EnvState, ended: Tensor) -> mdp.EnvState:
         """The state with a fresh episode in every row that has ended, without asking which."""
         before = self._episodes
-        fresh = mdp.initial(self.process, self.bank, self._draw())
+        tasks = self._draw()
+        fresh = mdp.initial(self.process, self.bank, tasks)
+        self._tasks = torch.where(ended, tasks, self._tasks)
         self._episodes = torch.where(ended, self._episodes, before)
         if self.process.timesteps is not None:
             return fresh

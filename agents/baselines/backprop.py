@@ -18,6 +18,8 @@ from redif_env.errors import check_integer, check_number
 from redif_env.rewards import Reward
 from redif_env.teacher import TeacherBank
 
+from ..averaging import update_average
+
 
 def backpropagate(
     start: Denoiser,
@@ -44,7 +46,7 @@ def backpropagate(
         batch_size: Trajectories of a step.
         learning_rate: Initial learning rate of Adam.
         max_grad_norm: Largest gradient norm.
-        ema_decay: Of the moving average, an iteration.
+        ema_decay: Of the moving average, an iteration; reached after a warm-up.
         seed: Of the order of tasks.
         on_iteration: Called with the iterations done and the averaged student.
 
@@ -72,7 +74,6 @@ def backpropagate(
         torch.nn.utils.clip_grad_norm_(trained, max_grad_norm)
         optimizer.step()
         decay.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(averaged, trained, 1 - ema_decay)
+        update_average(averaged, trained, ema_decay, iteration + 1)
         on_iteration(iteration + 1, average)
     return average

@@ -187,7 +187,7 @@ def test_a_second_rollout_forgets_the_first():
 
 
 def test_only_the_step_that_explored_is_trained_on():
-    buffer = make_buffer(stochastic_steps="one")
+    buffer = make_buffer(stochastic_steps=1)
     explored = torch.tensor([[0, 0, 2, 2], [1, 1, 0, 0]])
     for step in range(STEPS):
         if step % LENGTH == 0:

@@ -11,7 +11,7 @@ from torch.distributions import Normal, kl_divergence
 from agents.losses import (
     approximate_kl,
     clip_fraction,
-    kl_per_element,
+    kl_map,
     reduce_log_ratio,
     surrogate,
     value_loss,
@@ -111,20 +111,20 @@ def test_clip_fraction_counts_ratios_outside():
     assert clip_fraction(log_ratio, 0.5).item() == 0.0
 
 
-def test_kl_per_element_equals_torch():
+def test_kl_map_equals_torch():
     generator = torch.Generator().manual_seed(4)
     old_mean, mean = torch.randn(2, 5, 3, 2, generator=generator)
     std = torch.rand(5, 1, 1, generator=generator) + 0.1
     expected = kl_divergence(Normal(old_mean, std), Normal(mean, std)).mean()
-    torch.testing.assert_close(kl_per_element(mean, Gaussian(old_mean, std)), expected)
+    torch.testing.assert_close(kl_map(mean, Gaussian(old_mean, std)).mean(), expected)
     # negative control: twice the std is a quarter of the divergence
-    doubled = kl_per_element(mean, Gaussian(old_mean, 2 * std))
+    doubled = kl_map(mean, Gaussian(old_mean, 2 * std)).mean()
     torch.testing.assert_close(doubled, expected / 4)
 
 
 def test_kl_has_no_gradient():
     mean = torch.zeros(2, 3, requires_grad=True)
-    assert not kl_per_element(mean, Gaussian(torch.ones(2, 3), torch.ones(2, 1))).requires_grad
+    assert not kl_map(mean, Gaussian(torch.ones(2, 3), torch.ones(2, 1))).requires_grad
 
 
 def test_approximate_kl_estimates_the_closed_form():

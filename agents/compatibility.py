@@ -1,0 +1,114 @@
+"""Which options of `ReDiFPPO` go together, and with which environment: typed errors, in one place.
+
+Every function takes the agent (`Any`, since `ppo` imports this module) and only reads it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from redif_env.errors import InvalidArgumentError
+
+from .divergences import check_divergence
+
+# What a policy other than StudentPolicy is trained with: Stable-Baselines3's PPO.
+STOCK = (
+    ("ratio", "sum"),
+    ("advantage", "gae"),
+    ("credit", "global"),
+    ("divergence", None),
+    ("gap_fraction", None),
+    ("step_weights", None),
+    ("stochastic_steps", "all"),
+    ("antithetic", False),
+)
+
+
+def check_options(agent: Any) -> None:
+    """What can be said before the environment is known."""
+    if agent.credit == "local" and agent.ratio != "element":
+        raise InvalidArgumentError("ratio", agent.ratio, "credit='local' needs ratio='element'.")
+    if agent.advantage == "gae":
+        if agent.advantage_clip is not None:
+            raise InvalidArgumentError(
+                "advantage_clip", agent.advantage_clip, "pass None with advantage='gae'."
+            )
+        if agent.antithetic:
+            raise InvalidArgumentError("antithetic", True, "pass False with advantage='gae'.")
+    if agent.divergence is not None:
+        check_divergence(agent.divergence, agent.divergence_alpha)
+    elif agent.divergence_target is not None:
+        raise InvalidArgumentError(
+            "divergence_target", agent.divergence_target, "pass a divergence with it."
+        )
+    if agent.adaptive_lr and agent.target_kl is None:
+        raise InvalidArgumentError("adaptive_lr", True, "pass a target_kl for it to hold.")
+
+
+def check_generic_policy(agent: Any) -> None:
+    """Other policies know nothing of elements, exploration and references."""
+    for name, wanted in STOCK:
+        if getattr(agent, name) != wanted:
+            raise InvalidArgumentError(
+                name, getattr(agent, name), f"pass {wanted!r}: only StudentPolicy takes others."
+            )
+
+
+def check_process(base: Any) -> None:
+    """A student acts in next latents on a fixed schedule."""
+    if base.timesteps is None:
+        raise InvalidArgumentError(
+            "schedule", "free", "StudentPolicy needs a fixed one: 'uniform' or a list."
+        )
+    if base.process.action_type != "latent" or base.process.student is not None:
+        raise InvalidArgumentError(
+            "action_type",
+            base.process.action_type,
+            "StudentPolicy acts in next latents: pass 'latent' and residual=False.",
+        )
+
+
+def check_timesteps(given: Any, grid: list[float] | None) -> None:
+    """The student's own times must be the environment's: it is not told them otherwise."""
+    own = [float(t) for t in given]
+    if grid is not None and [*own, 0.0][: len(grid)] != grid:
+        raise InvalidArgumentError(
+            "timesteps", own, f"the environment's schedule is {grid}: make them the same."
+        )
+
+
+def check_episodes(agent: Any, group_size: int, length: int, reward: Any) -> None:
+    """Groups, windows and weights must fit the environment's episodes, and credit its reward."""
+    if group_size < 2 and agent.advantage == "group":
+        raise InvalidArgumentError(
+            "group_size", group_size, "advantage='group' needs an environment with at least 2."
+        )
+    if agent.n_steps % length:
+        raise InvalidArgumentError(
+            "n_steps", agent.n_steps, f"pass a multiple of the episode length {length}."
+        )
+    if agent.credit == "local" and not reward.has_map:
+        raise InvalidArgumentError(
+            "credit", "local", f"reward {reward.name!r} has no map: pass 'global'."
+        )
+    if agent.antithetic and group_size % 2:
+        raise InvalidArgumentError(
+            "group_size", group_size, "antithetic=True needs groups of even size."
+        )
+    window = agent.window
+    if window is not None and window > length:
+        raise InvalidArgumentError(
+            "stochastic_steps", window, f"episodes have {length} steps: pass fewer, or 'all'."
+        )
+    weights = agent.step_weights
+    if weights is not None and len(weights) != length:
+        raise InvalidArgumentError(
+            "step_weights", list(weights), f"pass {length} numbers, one a step of an episode."
+        )
+    if agent.policy_kwargs.get("learn_std") and agent.antithetic and group_size == 2:
+        raise InvalidArgumentError(
+            "learn_std",
+            True,
+            "a group of one pair of opposite noise says nothing about the std (its gradient "
+            "cancels): pass group_size >= 4, or antithetic=False.",
+        )

@@ -1,0 +1,54 @@
+"""What an update did, in numbers: per step of the episode, and to the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PER_STEP = ("kl", "clip_fraction", "exploration_std")
+
+
+def per_step(batch: Any, new: Any, clip_range: float, num_steps: int) -> Tensor:
+    """Sums over a minibatch's transitions of each step of the episode.
+
+    Args:
+        batch: A `RolloutBatch` of B transitions.
+        new: The `Evaluation` of the policy on it.
+        clip_range: Of the update.
+        num_steps: Steps of an episode.
+
+    Returns:
+        float32 `(4, num_steps)`: the rows, then the sums of `PER_STEP`.
+    """
+    clipped = ((new.log_ratio.detach().exp() - 1).abs() > clip_range).float().mean(1)
+    std = batch.old.std.flatten(1).mean(1)
+    parts = torch.stack([torch.ones_like(new.kl), new.kl, clipped, std])
+    return parts.new_zeros(len(parts), num_steps).index_add_(1, batch.step_index, parts)
+
+
+def step_means(history: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
+    """The means of `PER_STEP` over an iteration, by name and step, of the steps that explored."""
+    rows, *sums = torch.stack([entry["per_step"] for entry in history]).sum(0).tolist()
+    return {
+        f"{name}_step_{step}": total / count
+        for name, totals in zip(PER_STEP, sums, strict=True)
+        for step, (total, count) in enumerate(zip(totals, rows, strict=True))
+        if count
+    }
+
+
+def copies(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Detached copies."""
+    return [parameter.detach().clone() for parameter in parameters]
+
+
+@torch.no_grad()
+def drift(parameters: Iterable[Tensor], start: Iterable[Tensor]) -> Tensor:
+    """Distance of parameters from where they started, over the norm of the start."""
+    first = list(start)
+    moved = torch._foreach_sub([p.detach() for p in parameters], first)
+    norms = [torch.stack(torch._foreach_norm(group)).norm() for group in (moved, first)]
+    return norms[0] / norms[1].clamp_min(1e-12)
