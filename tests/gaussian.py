@@ -7,6 +7,8 @@ For `x_0 ~ N(m, v I)` the best denoiser is exact (Gaussian conditioning),
 and the deterministic DDIM step from t to s is affine:
 :math:`x_s - \alpha_s m = f(t, s) (x_t - \alpha_t m)` with
 :math:`f = (\alpha_s \alpha_t v + \sigma_s \sigma_t) / (\alpha_t^2 v + \sigma_t^2)`.
+
+Where elements are correlated, the same holds along each principal axis with its own variance.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 
 from redif_env import Denoiser, Teacher
 from redif_env.loading import noise_schedule
-from redif_env.noise import NoiseSchedule, expand
+from redif_env.noise import NoiseSchedule
 
 MEAN, STD = 0.5, 0.25
 SHAPE = (1, 2, 3)
@@ -35,29 +37,47 @@ MAKE_SOLVER = functools.partial(
 
 
 class GaussianNetwork(nn.Module):
-    """The exact denoiser of `x_0 ~ N(mean, std^2 I)`; predicts `"sample"`."""
+    """The exact denoiser of `x_0 ~ N(mean, S)`; predicts `"sample"`.
 
-    def __init__(self, schedule: NoiseSchedule, mean: float = MEAN, std: float = STD) -> None:
+    Args:
+        schedule: Noise schedule.
+        mean: Mean of every element.
+        variances: Eigenvalues of S, one or `(D,)`.
+        axes: Its eigenvectors, the columns of `(D, D)`; default: the elements themselves.
+    """
+
+    def __init__(
+        self,
+        schedule: NoiseSchedule,
+        mean: float = MEAN,
+        variances: float | Tensor = STD**2,
+        axes: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.schedule = schedule
+        self.axes: Tensor | None
         self.mean: Tensor
-        self.variance: Tensor
+        self.variances: Tensor
+        self.register_buffer("axes", axes)
         self.register_buffer("mean", torch.tensor(mean))
-        self.register_buffer("variance", torch.tensor(std**2))
+        self.register_buffer("variances", torch.as_tensor(variances))
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = expand(self.schedule.alpha(t), x_t), expand(self.schedule.sigma(t), x_t)
-        gain = alpha * self.variance / (alpha**2 * self.variance + sigma**2)
-        return self.mean + gain * (x_t - alpha * self.mean)
+        alpha, sigma = self.schedule.alpha(t)[:, None], self.schedule.sigma(t)[:, None]
+        gain = alpha * self.variances / (alpha**2 * self.variances + sigma**2)
+        centred = x_t.flatten(1) - alpha * self.mean
+        if self.axes is None:
+            return self.mean + (gain * centred).reshape(x_t.shape)
+        return self.mean + (gain * (centred @ self.axes) @ self.axes.T).reshape(x_t.shape)
 
 
-def gaussian_denoiser(schedule: NoiseSchedule | None = None) -> Denoiser:
+def gaussian_denoiser(schedule: NoiseSchedule | None = None, **options: Tensor) -> Denoiser:
     schedule = schedule or noise_schedule(MAKE_SOLVER())
-    return Denoiser(GaussianNetwork(schedule), schedule, "sample", SHAPE)
+    return Denoiser(GaussianNetwork(schedule, **options), schedule, "sample", SHAPE)
 
 
-def gaussian_teacher(num_steps: int = 10) -> Teacher:
-    return Teacher(gaussian_denoiser(), MAKE_SOLVER, num_steps)
+def gaussian_teacher(num_steps: int = 10, **options: Tensor) -> Teacher:
+    return Teacher(gaussian_denoiser(**options), MAKE_SOLVER, num_steps)
 
 
 def scales(schedule: NoiseSchedule, t: float) -> tuple[float, float]:
@@ -72,9 +92,9 @@ def factor(schedule: NoiseSchedule, t: float, s: float, variance: float = STD**2
     return (alpha_s * alpha_t * variance + sigma_s * sigma_t) / (alpha_t**2 * variance + sigma_t**2)
 
 
-def product(schedule: NoiseSchedule, times: list[float]) -> float:
+def product(schedule: NoiseSchedule, times: list[float], variance: float = STD**2) -> float:
     """The factor of the whole way along `times`."""
-    return math.prod(factor(schedule, t, s) for t, s in itertools.pairwise(times))
+    return math.prod(factor(schedule, t, s, variance) for t, s in itertools.pairwise(times))
 
 
 def exact_factor(schedule: NoiseSchedule, t: float) -> float:
