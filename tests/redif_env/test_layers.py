@@ -24,6 +24,7 @@ LAYERS = (
     "rendering",
     "vector_env",
     "env",
+    "schedule_env",
     "checker",
 )
 
