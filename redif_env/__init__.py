@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "Denoiser": "denoiser",
+    "FlatVectorObservation": "wrappers",
     "MSE": "rewards",
     "PSNR": "rewards",
     "SSIM": "rewards",

@@ -21,6 +21,7 @@ from redif_env import (
     PSNR,
     SSIM,
     Denoiser,
+    FlatVectorObservation,
     ReDiFEnv,
     ReDiFScheduleVectorEnv,
     ReDiFVectorEnv,
@@ -328,6 +329,7 @@ CASES = {
     "choices in words": (choose(["0"] * 4), ACTION, "actions", "['0', '0', '0', '0']"),
     "a choice too high": (choose([0, 0, 16, 0]), ACTION, "actions", "outside the action space"),
     "a choice below zero": (choose([0, -1, 0, 0]), ACTION, "actions", "outside the action space"),
+    "a flat view of nothing": (lambda g: FlatVectorObservation(None), BAD, "env", "None"),
     # rewards
     "a reward for all": (reward_of(Shapeless()), REWARD, "reward 'shapeless' returned", "()"),
     "an infinite reward": (reward_of(Infinite()), REWARD, "reward 'infinite' returned", "infinity"),

@@ -25,6 +25,7 @@ LAYERS = (
     "vector_env",
     "env",
     "schedule_env",
+    "wrappers",
     "checker",
 )
 
