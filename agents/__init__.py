@@ -16,6 +16,7 @@ _NAMES = {
     "TorchVecEnv": "vec_env",
     "distill": "distillation",
     "export_student": "export",
+    "make_sb3_env": "environments",
 }
 
 __all__ = sorted(_NAMES)

@@ -20,14 +20,15 @@ from torch import Tensor
 
 from redif_env.errors import InvalidArgumentError
 
-TensorObs = dict[str, Tensor]
+TensorObs = Tensor | dict[str, Tensor]
 
 
 class TorchVecEnv(VecEnv):
-    """Adapter for a `SAME_STEP` vector environment whose observations are a dict of tensors.
+    """Adapter for a `SAME_STEP` vector environment of tensors.
 
     Args:
-        env: Such as `gymnasium.make_vec("ReDiF-v0", num_envs=64)`.
+        env: Such as `gymnasium.make_vec("ReDiF-v0", num_envs=64)`. Observations are a dict of
+            tensors, or one tensor as `redif_env.FlatVectorObservation` makes of it.
 
     Attributes:
         env: The environment.
@@ -67,7 +68,8 @@ class TorchVecEnv(VecEnv):
         """Take a step without leaving the device.
 
         Args:
-            actions: float32 `(N, A)`, inside the action space.
+            actions: `(N, *action_space.shape)`, inside the action space: float32 for a Box, int64
+                for a Discrete.
 
         Returns:
             Observations (after autoreset), rewards float32 `(N,)`, dones bool `(N,)`, and infos as
@@ -122,10 +124,14 @@ class TorchVecEnv(VecEnv):
     def env_method(
         self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any
     ) -> list[Any]:
-        """Call a method that returns one value a row, or None; gives the values of `indices`."""
+        """Call a method that returns one value a row, or None; gives the values of `indices`.
+
+        Tensors become numpy, as `MaskablePPO` expects of `action_masks`.
+        """
         values = getattr(self.env.unwrapped, method_name)(*method_args, **method_kwargs)
         if values is None:
             return [None] * self._count(indices)
+        values = values.cpu().numpy() if isinstance(values, Tensor) else values
         rows = range(self.num_envs) if indices is None else np.atleast_1d(indices)
         return [values[row] for row in rows]
 
@@ -147,18 +153,24 @@ class TorchVecEnv(VecEnv):
         final = _numpy(infos["final_obs"])
         episode = _numpy(infos["episode"])
         elapsed = round(time.monotonic() - self._started, 6)
-        for row in np.flatnonzero(dones):
+        for row in np.flatnonzero(dones).tolist():
             records[row] = {
-                "terminal_observation": {name: value[row] for name, value in final.items()},
-                "episode": {
-                    "r": float(episode["r"][row]),
-                    "l": int(episode["l"][row]),
-                    "t": elapsed,
-                },
+                "terminal_observation": _row(final, row),
+                "episode": {**{name: v[row].item() for name, v in episode.items()}, "t": elapsed},
                 "TimeLimit.truncated": bool(truncated[row]),
             }
         return records
 
 
-def _numpy(tensors: TensorObs) -> dict[str, np.ndarray]:
+def _numpy(tensors: Any) -> Any:
+    """A tensor, or a dict of tensors, as numpy."""
+    if isinstance(tensors, Tensor):
+        return tensors.cpu().numpy()
     return {name: value.cpu().numpy() for name, value in tensors.items()}
+
+
+def _row(arrays: Any, row: int) -> Any:
+    """Row `row` of an array, or of each array of a dict."""
+    if isinstance(arrays, np.ndarray):
+        return arrays[row]
+    return {name: value[row] for name, value in arrays.items()}

@@ -1,7 +1,7 @@
 """ReDiF: distilling diffusion models as a reinforcement-learning environment.
 
-Importing this package registers `ReDiF-v0` and loads neither torch nor diffusers: the names below
-are imported when first used.
+Importing this package registers `ReDiF-v0` and `ReDiFSchedule-v0`, and loads neither torch nor
+diffusers: the names below are imported when first used.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "Denoiser": "denoiser",
+    "FlatVectorObservation": "wrappers",
     "MSE": "rewards",
     "PSNR": "rewards",
     "SSIM": "rewards",
@@ -22,6 +23,8 @@ _NAMES = {
     "NoiseSchedule": "noise",
     "ReDiFEnv": "env",
     "ReDiFError": "errors",
+    "ReDiFScheduleEnv": "schedule_env",
+    "ReDiFScheduleVectorEnv": "schedule_env",
     "ReDiFVectorEnv": "vector_env",
     "Reward": "rewards",
     "Teacher": "teacher",
@@ -49,4 +52,9 @@ gymnasium.register(
     id="ReDiF-v0",
     entry_point="redif_env.env:ReDiFEnv",
     vector_entry_point="redif_env.vector_env:ReDiFVectorEnv",
+)
+gymnasium.register(
+    id="ReDiFSchedule-v0",
+    entry_point="redif_env.schedule_env:ReDiFScheduleEnv",
+    vector_entry_point="redif_env.schedule_env:ReDiFScheduleVectorEnv",
 )

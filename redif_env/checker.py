@@ -27,7 +27,8 @@ def check_vector_env(env: VectorEnv, num_steps: int = 12, seed: int = 0) -> None
     actions and checks: declared spaces and autoreset mode; shapes, dtypes and devices; that a seed
     determines everything; that returned tensors are not overwritten later; that rows do not
     influence each other; that an ended row reports `final_obs` and `episode` and starts afresh;
-    and that malformed actions are refused.
+    that `action_masks()`, where there is one, leaves each row a choice; and that malformed actions
+    are refused.
 
     Args:
         env: The environment; it is reset and stepped, and left open.
@@ -96,11 +97,13 @@ def _rollout(
     observation, infos = env.reset(seed=seed)
     _check_observation(env, observation, "reset")
     _require(isinstance(infos, dict), "reset must return (observations, infos dict)")
+    _check_masks(env)
     history: list[Any] = [observation]
     copies = [_clone(observation)]
     for index in range(num_steps):
         output = env.step(change(_actions(env, generator)))
         _check_step(env, output, index)
+        _check_masks(env)
         history.append(output)
         copies.append(_clone(output))
     for index, (kept, copied) in enumerate(zip(history, copies, strict=True)):
@@ -132,9 +135,20 @@ def _check_step(env: VectorEnv, output: Any, index: int) -> None:
         _require(name in infos["episode"], f"infos['episode'] lacks {name!r}")
 
 
-def _check_tensor(env: VectorEnv, value: Any, dtype: torch.dtype, name: str) -> None:
+def _check_masks(env: VectorEnv) -> None:
+    action_masks, space = getattr(env.unwrapped, "action_masks", None), env.single_action_space
+    if action_masks is None or not isinstance(space, spaces.Discrete):
+        return
+    masks = action_masks()
+    _check_tensor(env, masks, torch.bool, "action_masks()", (int(space.n),))
+    _require(bool(masks.any(1).all()), "action_masks() leaves a row without any action")
+
+
+def _check_tensor(
+    env: VectorEnv, value: Any, dtype: torch.dtype, name: str, row_shape: tuple[int, ...] = ()
+) -> None:
     _require(isinstance(value, Tensor), f"{name} is a {type(value).__name__}, not a tensor")
-    _require(value.shape == (env.num_envs,), f"{name} has shape {tuple(value.shape)}")
+    _require(value.shape == (env.num_envs, *row_shape), f"{name} has shape {tuple(value.shape)}")
     _require(value.dtype == dtype, f"{name} is {value.dtype}, not {dtype}")
     _require(value.device.type == _device(env).type, f"{name} is on {value.device}")
 
@@ -162,9 +176,14 @@ def _check_rows_are_isolated(env: VectorEnv, num_steps: int, seed: int) -> None:
         return
     others = slice(0, env.num_envs - 1)
 
+    space = env.single_action_space
+
     def change(actions: Tensor) -> Tensor:
         changed = actions.clone()
-        changed[-1] = actions[0]
+        if isinstance(space, spaces.Discrete):  # surely another one
+            changed[-1] = (actions[-1] - int(space.start) + 1) % int(space.n) + int(space.start)
+        else:
+            changed[-1] = actions[0]
         return changed
 
     plain, changed = _rollout(env, num_steps, seed), _rollout(env, num_steps, seed, change)

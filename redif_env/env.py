@@ -23,9 +23,10 @@ class ReDiFEnv(gym.Env[Observation, np.ndarray]):
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 4}  # noqa: RUF012
+    _kind: type[ReDiFVectorEnv] = ReDiFVectorEnv
 
     def __init__(self, *, render_mode: str | None = None, **kwargs: Any) -> None:
-        self._env = ReDiFVectorEnv(1, render_mode=render_mode, **kwargs)
+        self._env = self._kind(1, render_mode=render_mode, **kwargs)
         self.render_mode = render_mode
         self.observation_space = self._env.single_observation_space
         self.action_space = self._env.single_action_space
@@ -54,8 +55,7 @@ class ReDiFEnv(gym.Env[Observation, np.ndarray]):
         Raises:
             gymnasium.error.ResetNeeded: after the end of an episode.
         """
-        if self._ended:
-            raise gym.error.ResetNeeded("call reset(): the episode has ended or never started.")
+        self._check_running()
         action = np.asarray(action)
         if action.shape != self.action_space.shape:
             raise InvalidActionError(
@@ -84,6 +84,10 @@ class ReDiFEnv(gym.Env[Observation, np.ndarray]):
     def close(self) -> None:
         """Close the environment underneath."""
         self._env.close()
+
+    def _check_running(self) -> None:
+        if self._ended:
+            raise gym.error.ResetNeeded("call reset(): the episode has ended or never started.")
 
 
 def _numpy(batch: dict[str, Tensor]) -> Observation:

@@ -1,4 +1,4 @@
-"""Denoising as a Markov decision process: a frozen state and five pure functions.
+"""Denoising as a Markov decision process: a frozen state and pure functions.
 
 Every function works on N independent rows at once; nothing here draws random numbers, keeps
 state, or waits for the device.
@@ -50,11 +50,14 @@ class Process:
         max_steps: Most steps of an episode; the last allowed one always ends at time 0.
         reward: Scores final samples.
         timesteps: The fixed grid, float32 `(max_steps + 1,)`; None for a free schedule.
+        candidates: The grid that discrete choices pick from, float32 `(M + 1,)`: the start, then
+            the M times to choose from, the last of them 0. None without discrete choices.
+        min_steps: Fewest steps of an episode that chooses from `candidates`.
         action_type: What the step output is: `"latent"` for `x_s` itself, or a prediction type
             from which the deterministic DDIM step is taken.
         step_cost: Taken from the final reward for each network evaluation.
         nfe_per_step: Network evaluations of a student's step (2 with guidance).
-        student: Frozen student of residual actions; None for plain actions.
+        student: Frozen student of residual actions and of `follow`; None for plain actions.
         residual_scale: What a residual action is multiplied by.
     """
 
@@ -62,6 +65,8 @@ class Process:
     max_steps: int
     reward: rewards.Reward
     timesteps: Tensor | None = None
+    candidates: Tensor | None = None
+    min_steps: int = 1
     action_type: str = "latent"
     step_cost: float = 0.0
     nfe_per_step: int = 1
@@ -77,7 +82,8 @@ class Process:
 def initial(process: Process, bank: TeacherBank, rows: Tensor) -> EnvState:
     """The states that the bank's tasks `rows`, int64 `(N,)`, start in."""
     x_T = bank.x_T[rows]
-    start = process.schedule.max_timestep if process.timesteps is None else process.timesteps[0]
+    grid = process.candidates if process.timesteps is None else process.timesteps
+    start = process.schedule.max_timestep if grid is None else grid[0]
     return EnvState(
         x_t=x_T,
         t=torch.zeros(len(rows), device=x_T.device) + start,
@@ -101,6 +107,42 @@ def transition(process: Process, state: EnvState, action: Tensor) -> EnvState:
     s = next_time(process, state, action[:, dim:])
     x_s = _step_output(process, state, action[:, :dim].reshape(shape), s)
     return replace(state, x_t=x_s, t=s, step_index=state.step_index + 1)
+
+
+def follow(process: Process, state: EnvState, choice: Tensor) -> EnvState:
+    """The state after the frozen student's own deterministic DDIM step to a chosen time.
+
+    Args:
+        process: A process with `candidates` and a `student`.
+        state: N trajectories, none of them ended.
+        choice: int64 `(N,)`, which of the M candidates; must be allowed, see `choice_range`.
+    """
+    assert process.student is not None
+    assert process.candidates is not None
+    s = process.candidates[choice + 1]
+    x0_pred = process.student(state.x_t, state.t, state.condition)
+    x_s = kernel.step(process.schedule, state.x_t, x0_pred, state.t, s).mean
+    return replace(state, x_t=x_s, t=s, step_index=state.step_index + 1)
+
+
+def choice_range(process: Process, state: EnvState) -> tuple[Tensor, Tensor]:
+    """The first and the last candidate that the next step may go to; all between are allowed too.
+
+    The first is the largest time below `t`, or 0 where the step is the last of `max_steps`. The
+    last leaves as many candidates below it as there must be steps after it to make `min_steps`;
+    once `min_steps - 1` are made, it is 0. With `min_steps <= max_steps` and at least `min_steps`
+    candidates, the range is never empty for trajectories whose choices were all in range.
+
+    Returns:
+        Two int64 `(N,)`, indices in [0, M).
+    """
+    assert process.candidates is not None
+    times = process.candidates[1:]
+    zero = len(times) - 1
+    first = (times >= state.t.unsqueeze(1)).sum(1)
+    first = torch.where(state.step_index + 1 >= process.max_steps, zero, first)
+    last = (zero + 1 - process.min_steps + state.step_index).clamp_max(zero)
+    return first, last
 
 
 def next_time(process: Process, state: EnvState, choice: Tensor) -> Tensor:

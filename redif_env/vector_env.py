@@ -254,8 +254,7 @@ class ReDiFVectorEnv(VectorEnv):
                 is not finite.
         """
         before = self.state
-        action = self._check_action(actions)
-        state = mdp.transition(self.process, before, action)
+        state = self._advance(before, self._check_action(actions))
         self._step_count += 1
         may_end = self._may_end()
         infos: dict[str, Any] = {}
@@ -290,6 +289,10 @@ class ReDiFVectorEnv(VectorEnv):
         x0_pred = torch.where(expand(state.t <= 0, state.x_t), state.x_t, x0_pred)
         return rendering.frames(state.x_t, x0_pred, state.teacher_x_0)
 
+    def _advance(self, state: mdp.EnvState, action: Tensor) -> mdp.EnvState:
+        """The state after one step; what a checked action means is decided here alone."""
+        return mdp.transition(self.process, state, action)
+
     def _make_spaces(self) -> None:
         denoiser, process = self.teacher.denoiser, self.process
         seen: dict[str, spaces.Space[Any]] = {
@@ -307,6 +310,10 @@ class ReDiFVectorEnv(VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self._high = torch.from_numpy(high).to(self.device)
+        self._outside_remedy = (
+            f"clip the step output to +-{self.action_bound:g} and the choice to +-1, or pass a "
+            "larger action_bound."
+        )
 
     def _may_end(self) -> bool:
         """Whether an episode can have ended in this step, without asking the device.
@@ -339,23 +346,33 @@ class ReDiFVectorEnv(VectorEnv):
         return tasks.to(self.device, torch.int64)
 
     def _check_action(self, actions: Tensor | np.ndarray) -> Tensor:
-        try:
-            action = torch.as_tensor(actions)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise InvalidActionError("actions", actions, "pass a float tensor or array.") from error
+        """The actions as a tensor of our own; bad values are flagged and made harmless."""
+        action = self._as_tensor(actions)
         if not action.is_floating_point():
             raise InvalidActionError("actions.dtype", action.dtype, "pass float32.")
-        if action.shape != (self.num_envs, len(self._high)):
-            wanted = (self.num_envs, len(self._high))
-            raise InvalidActionError("actions.shape", tuple(action.shape), f"pass {wanted}.")
         action = action.detach().to(self._high)
         finite = action.isfinite()
         outside = (action.abs() > self._high) & finite
-        self._bad_action |= torch.stack([~finite.all(), outside.any()])
-        if self.device.type == "cpu":
-            self._raise_flags()  # before the state changes
+        self._flag(~finite.all(), outside.any())
         # A tensor of our own; and no table is indexed with NaN before the flag is looked at.
         return torch.where(finite, action, 0.0)
+
+    def _as_tensor(self, actions: Tensor | np.ndarray) -> Tensor:
+        try:
+            action = torch.as_tensor(actions)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InvalidActionError("actions", actions, "pass a tensor or array.") from error
+        if action.shape != self.action_space.shape:
+            raise InvalidActionError(
+                "actions.shape", tuple(action.shape), f"pass {self.action_space.shape}."
+            )
+        return action
+
+    def _flag(self, not_finite: Tensor, outside: Tensor) -> None:
+        """Remember bad actions; on the CPU, raise at once, before the state changes."""
+        self._bad_action |= torch.stack([not_finite, outside])
+        if self.device.type == "cpu":
+            self._raise_flags()
 
     def _raise_flags(self) -> None:
         bad, outside, reward = (bool(flag) for flag in (*self._bad_action, self._bad_reward))
@@ -370,8 +387,7 @@ class ReDiFVectorEnv(VectorEnv):
             raise InvalidActionError(
                 "actions",
                 "outside the action space",
-                f"clip the step output to +-{self.action_bound:g} and the choice to +-1, or pass a "
-                "larger action_bound.",
+                self._outside_remedy,
             )
         if reward:
             raise InvalidRewardError(

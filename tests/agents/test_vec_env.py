@@ -62,7 +62,7 @@ def test_the_last_step_reports_the_terminal_observation_and_the_episode(env):
         assert final["steps_left"] == 0
         assert obs["steps_left"][row] == 1  # the next episode's
         assert info["episode"]["r"] == pytest.approx(rewards[row])
-        assert info["episode"]["l"] == 3
+        assert info["episode"]["l"] == info["episode"]["nfe"] == 3
         assert info["TimeLimit.truncated"] is False
         assert env.observation_space.contains(final)
 
@@ -135,6 +135,14 @@ def test_methods_give_one_value_a_row(env):
     picked = env.env_method("draw", env.env.state, indices=[6, 1])
     np.testing.assert_array_equal(picked[0], pictures[6])
     np.testing.assert_array_equal(picked[1], pictures[1])
+
+
+def test_tensors_of_a_method_become_numpy(env):
+    """As `MaskablePPO`, which stacks the values with numpy, needs them."""
+    env.env.values = lambda: torch.arange(16).reshape(8, 2)
+    values = env.env_method("values", indices=[3, 0])
+    assert [type(value) for value in values] == [np.ndarray] * 2
+    assert [value.tolist() for value in values] == [[6, 7], [0, 1]]
 
 
 def test_a_method_without_a_value_can_be_called(env):

@@ -21,7 +21,9 @@ from redif_env import (
     PSNR,
     SSIM,
     Denoiser,
+    FlatVectorObservation,
     ReDiFEnv,
+    ReDiFScheduleVectorEnv,
     ReDiFVectorEnv,
     Reward,
     Teacher,
@@ -82,6 +84,22 @@ def act_single(action):
         made = ReDiFEnv(teacher=given.teacher, bank=given.bank)
         made.reset(seed=0)
         made.step(action)
+
+    return case
+
+
+def choosing(**options):
+    """A case that makes an environment of schedule choices."""
+    return lambda given: ReDiFScheduleVectorEnv(4, given.teacher, bank=given.bank, **options)
+
+
+def choose(actions):
+    """A case that steps one."""
+
+    def case(given):
+        made = choosing()(given)
+        made.reset(seed=0)
+        made.step(actions)
 
     return case
 
@@ -256,6 +274,62 @@ CASES = {
         "actions.dtype",
         "torch.int64",
     ),
+    # schedule choices
+    "a free schedule to choose from": (choosing(schedule="free"), BAD, "schedule", "'free'"),
+    "rising candidates": (choosing(schedule=[1, 2]), BAD, "schedule", "[1, 2]"),
+    "no candidates": (choosing(num_candidates=0), BAD, "num_candidates", "0"),
+    "too many candidates": (choosing(num_candidates=5000), BAD, "num_candidates", "5000"),
+    "a number of listed candidates": (
+        choosing(schedule=[9, 5], num_candidates=2),
+        BAD,
+        "num_candidates",
+        "2",
+    ),
+    "at least no steps": (choosing(min_steps=0), BAD, "min_steps", "0"),
+    "at most no steps": (choosing(max_steps=0), BAD, "max_steps", "0"),
+    "at least more than at most": (choosing(min_steps=4, max_steps=3), BAD, "min_steps", "4"),
+    "more steps than candidates": (choosing(max_steps=17), BAD, "max_steps", "17"),
+    "at least more than candidates": (
+        choosing(schedule=[9, 5], min_steps=3),
+        BAD,
+        "min_steps",
+        "3",
+    ),
+    "a student in words": (choosing(student="digits"), BAD, "student", "'digits'"),
+    "a student of another shape": (
+        lambda g: choosing(student=Denoiser(nn.Identity(), g.schedule, "sample", (1, 4, 4)))(g),
+        BAD,
+        "student",
+        "latent_shape=(1, 4, 4)",
+    ),
+    "a student without classes": (
+        lambda g: choosing(student=Denoiser(nn.Identity(), g.schedule, "sample", (1, 8, 8)))(g),
+        BAD,
+        "student",
+        "num_classes=None",
+    ),
+    "a student of louder noise": (
+        lambda g: choosing(
+            student=Denoiser(
+                nn.Identity(), noises.VESchedule(), "sample", (1, 8, 8), num_classes=10
+            )
+        )(g),
+        BAD,
+        "student",
+        "schedule.initial_std=",
+    ),
+    "choices for three": (
+        choose(torch.zeros(3, dtype=torch.int64)),
+        ACTION,
+        "actions.shape",
+        "(3,)",
+    ),
+    "choices in float": (choose(torch.zeros(4)), ACTION, "actions.dtype", "torch.float32"),
+    "choices of yes and no": (choose([True] * 4), ACTION, "actions.dtype", "torch.bool"),
+    "choices in words": (choose(["0"] * 4), ACTION, "actions", "['0', '0', '0', '0']"),
+    "a choice too high": (choose([0, 0, 16, 0]), ACTION, "actions", "outside the action space"),
+    "a choice below zero": (choose([0, -1, 0, 0]), ACTION, "actions", "outside the action space"),
+    "a flat view of nothing": (lambda g: FlatVectorObservation(None), BAD, "env", "None"),
     # rewards
     "a reward for all": (reward_of(Shapeless()), REWARD, "reward 'shapeless' returned", "()"),
     "an infinite reward": (reward_of(Infinite()), REWARD, "reward 'infinite' returned", "infinity"),

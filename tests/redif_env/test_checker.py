@@ -6,7 +6,7 @@ import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode
 
-from redif_env import ReDiFEnv, ReDiFVectorEnv, check_vector_env
+from redif_env import ReDiFEnv, ReDiFScheduleVectorEnv, ReDiFVectorEnv, check_vector_env
 from redif_env.checker import ConformanceError
 
 
@@ -181,6 +181,42 @@ BROKEN = {
 def test_a_broken_variant_is_rejected(build, kind, match):
     with pytest.raises(ConformanceError, match=match):
         check_vector_env(build(kind))
+
+
+def masking(change):
+    """A variant of the discrete environment with changed masks."""
+
+    class Masking(ReDiFScheduleVectorEnv):
+        def action_masks(self):
+            return change(super().action_masks())
+
+    return Masking
+
+
+class Coupled(ReDiFScheduleVectorEnv):
+    """The last row's choice decides for row 0 too."""
+
+    def step(self, actions):
+        actions = torch.as_tensor(actions).clone()
+        if actions.shape == (self.num_envs,):
+            actions[0] = actions[-1]
+        return super().step(actions)
+
+
+DISCRETE = {
+    "masks in numpy": (masking(lambda m: m.numpy()), r"action_masks\(\) is a ndarray"),
+    "masks in float": (masking(torch.Tensor.float), r"action_masks\(\) is torch.float32"),
+    "masks an action short": (masking(lambda m: m[:, 1:]), r"action_masks\(\) has shape"),
+    "masks without a choice": (masking(lambda m: m & (m.sum(1) > 1)[:, None]), "without any"),
+    "rows that choose for others": (Coupled, "changed another row"),
+}
+
+
+@pytest.mark.parametrize(("kind", "match"), DISCRETE.values(), ids=DISCRETE.keys())
+def test_a_broken_discrete_variant_is_rejected(teacher, bank, kind, match):
+    check_vector_env(ReDiFScheduleVectorEnv(3, teacher, bank=bank), num_steps=6)
+    with pytest.raises(ConformanceError, match=match):
+        check_vector_env(kind(3, teacher, bank=bank))
 
 
 def test_a_single_environment_is_none(teacher, bank):

@@ -24,6 +24,8 @@ LAYERS = (
     "rendering",
     "vector_env",
     "env",
+    "schedule_env",
+    "wrappers",
     "checker",
 )
 
