@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from redif_env.schedules import explicit
 from redif_env.transition import EXPLORATION_MEANS, Gaussian
 
 from .distributions import KernelDistribution
+from .lora import copy_trained, load_base, make_trainable
 
 StudentSource = str | Path | Mapping[str, Any] | Callable[[], Denoiser]
 
@@ -99,6 +99,9 @@ class StudentPolicy(ActorCriticPolicy):
         min_std: Smallest standard deviation while exploring, in latent units; > 0.
         exploration_mean: `"ode"` or `"sde"`, see `redif_env.transition.exploration`.
         reference: Whether to keep a frozen copy of the student that training starts from.
+        lora_rank: Rank of adapters that are trained in place of the weights, which the student, its
+            average and the reference then share; None trains all weights. See `lora`.
+        lora_targets: Names of the layers with adapters; default: see `lora.DEFAULT_TARGETS`.
         critic: Whether to build a value network.
         critic_width: Hidden units of the value network.
         critic_lr_scale: Its learning rate, as a multiple of the actor's.
@@ -124,6 +127,8 @@ class StudentPolicy(ActorCriticPolicy):
         min_std: float = 0.02,
         exploration_mean: str = "ode",
         reference: bool = False,
+        lora_rank: int | None = None,
+        lora_targets: Sequence[str] | None = None,
         critic: bool = False,
         critic_width: int = 256,
         critic_lr_scale: float = 10.0,
@@ -142,6 +147,8 @@ class StudentPolicy(ActorCriticPolicy):
             "student": student,
             "timesteps": [float(t) for t in timesteps],
             "reference": reference,
+            "lora_rank": lora_rank,
+            "lora_targets": lora_targets,
             "critic": critic,
             "critic_width": critic_width,
             "critic_lr_scale": check_number("critic_lr_scale", critic_lr_scale),
@@ -160,17 +167,18 @@ class StudentPolicy(ActorCriticPolicy):
 
     def _build(self, lr_schedule: Schedule) -> None:
         settings = self.settings
-        self.denoiser = make_student(settings["student"]).eval().requires_grad_(True)
-        self.ema_denoiser = copy.deepcopy(self.denoiser).requires_grad_(False)
+        base = make_student(settings["student"]).eval()
+        self.denoiser = make_trainable(base, settings["lora_rank"], settings["lora_targets"])
+        self.ema_denoiser = copy_trained(self.denoiser).requires_grad_(False)
         self.reference_denoiser = (
-            copy.deepcopy(self.ema_denoiser) if settings["reference"] else None
+            copy_trained(base).requires_grad_(False) if settings["reference"] else None
         )
         _check_spaces(self.observation_space, self.action_space, self.denoiser)
         grid = explicit(settings["timesteps"], self.denoiser.schedule)
         self.timesteps: Tensor
         self.register_buffer("timesteps", grid)
         self.value_critic: Critic | None = None
-        groups = [{"params": list(self.denoiser.network.parameters())}]
+        groups = [{"params": [w for w in self.denoiser.network.parameters() if w.requires_grad]}]
         if settings["critic"]:
             self.value_critic = Critic(self.observation_space, settings["critic_width"])  # type: ignore[arg-type]
             critic = {
@@ -250,16 +258,20 @@ class StudentPolicy(ActorCriticPolicy):
 
     @torch.no_grad()
     def update_ema(self, decay: float) -> None:
-        """Move the averaged weights a share `1 - decay` towards the trained ones."""
-        averaged: list[Tensor] = list(self.ema_denoiser.network.parameters())
-        trained: list[Tensor] = list(self.denoiser.network.parameters())
+        """Move the averaged weights a share `1 - decay` towards the trained ones.
+
+        Of adapters each factor is averaged, not their product.
+        """
+        networks = self.ema_denoiser.network, self.denoiser.network
+        pairs = zip(*(network.parameters() for network in networks), strict=True)
+        averaged, trained = zip(*(pair for pair in pairs if pair[1].requires_grad), strict=True)
         torch._foreach_lerp_(averaged, trained, 1 - decay)
 
     def load_student(self, state: Mapping[str, Tensor]) -> None:
         """Start from these weights of the network, the average and the reference too."""
         for denoiser in (self.denoiser, self.ema_denoiser, self.reference_denoiser):
             if denoiser is not None:
-                denoiser.network.load_state_dict(state)
+                load_base(denoiser.network, state)
 
     def _values(self, obs: Mapping[str, Tensor]) -> Tensor:
         if self.value_critic is None:
