@@ -30,6 +30,7 @@ from . import presets
 from .callbacks import HeldOutEvaluation, ProgressBar
 from .evaluation import JUDGE_FOLDER, Judge, compare
 from .export import export_student
+from .lora import LEARNING_RATE_SCALE
 from .pictures import save_samples
 from .ppo import ReDiFPPO
 
@@ -84,6 +85,8 @@ def distill(
     eta: float | None = None,
     min_std: float | None = None,
     ema_decay: float | None = None,
+    lora_rank: int | None = None,
+    lora_targets: Sequence[str] | None = None,
     bank_size: int = 6144,
     num_held_out: int = 1000,
     eval_every: int = 10,
@@ -105,11 +108,13 @@ def distill(
         preset: Recipe, see `presets.PRESETS`; what follows, to `ema_decay`, defaults to its values.
         group_size: Trajectories that share noise and class; their mean is the baseline.
         batch_size: Transitions of a minibatch.
-        learning_rate: Initial learning rate.
+        learning_rate: Initial learning rate; with adapters, ten times the preset's by default.
         stochastic_steps, antithetic: Where and how to explore, see `ReDiFPPO`.
         eta: Noise factor of the kernel while exploring.
         min_std: Smallest exploration std, in latent units.
         ema_decay: Of the student's moving average, an iteration.
+        lora_rank, lora_targets: Train adapters of this rank on these layers, in place of all
+            weights, see `lora.add_adapters`; the student and its folder are ordinary all the same.
         bank_size: Training tasks whose answers the teacher is asked for.
         num_held_out: Test tasks that the report is measured on.
         eval_every: Iterations between two evaluations on validation tasks.
@@ -134,6 +139,8 @@ def distill(
     noise = teacher.denoiser.schedule
     uniform = schedules.uniform(noise, num_steps)
     given = None if schedule == SEARCH else schedules.make_grid(schedule, noise, num_steps)
+    if lora_rank is not None and learning_rate is None:
+        learning_rate = LEARNING_RATE_SCALE * recipe["agent"]["learning_rate"]
     env_options = _given(recipe["env"], group_size=group_size)
     env_options.update(reward=reward, bank_size=bank_size, seed=seed)
     agent_options = _given(
@@ -147,7 +154,7 @@ def distill(
         ema_decay=ema_decay,
         credit=None if reward.has_map else "global",
         seed=seed,
-        policy_kwargs=recipe["policy"],
+        policy_kwargs=_given(recipe["policy"], lora_rank=lora_rank, lora_targets=lora_targets),
     )
     used = {**agent_options, "group_size": env_options["group_size"]}
     rate = check_number("learning_rate", agent_options["learning_rate"])

@@ -15,6 +15,8 @@ from redif_env.errors import InvalidArgumentError
 from redif_env.loading import METADATA
 from redif_env.schedules import explicit
 
+from .lora import merge
+
 SNIPPET = """\
 import json, torch
 from diffusers import DPMSolverMultistepScheduler, UNet2DModel
@@ -64,7 +66,7 @@ def export_student(
     unlike diffusers' DDIMScheduler, steps through any list of timesteps.
 
     Args:
-        student: The denoiser; its network must be a diffusers model.
+        student: The denoiser; its network must be a diffusers model. Adapters are merged.
         timesteps: Its grid, with or without the final 0.
         scheduler_config: Config of the scheduler that the teacher was trained with.
         folder: Where to write; must not exist. Appears complete or not at all.
@@ -75,6 +77,7 @@ def export_student(
     folder = Path(folder)
     if folder.exists():
         raise InvalidArgumentError("folder", str(folder), "it exists; choose another name.")
+    student = merge(student)
     network: Any = student.network
     if not hasattr(network, "save_pretrained"):
         raise InvalidArgumentError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from redif_env.transition import EXPLORATION_MEANS, Gaussian
 from .averaging import update_average
 from .critics import Critic, MapCritic
 from .distributions import KernelDistribution, StepScale
+from .lora import copy_trained, load_base, make_trainable
 
 StudentSource = str | Path | Mapping[str, Any] | Callable[[], Denoiser]
 
@@ -67,6 +67,9 @@ class StudentPolicy(ActorCriticPolicy):
         min_std: Smallest standard deviation while exploring, in latent units; > 0.
         exploration_mean: `"ode"` or `"sde"`, see `redif_env.transition.exploration`.
         reference: Whether to keep a frozen copy of the student that training starts from.
+        lora_rank: Rank of adapters that are trained in place of the weights, which the student, its
+            average and the reference then share; None trains all weights. See `lora`.
+        lora_targets: Names of the layers with adapters; default: see `lora.DEFAULT_TARGETS`.
         critic: Whether to build a value network.
         critic_map: Whether it predicts a map of values, for local credit.
         critic_width: Hidden units of the value network; a sixteenth as many channels in a map's.
@@ -98,6 +101,8 @@ class StudentPolicy(ActorCriticPolicy):
         min_std: float = 0.02,
         exploration_mean: str = "ode",
         reference: bool = False,
+        lora_rank: int | None = None,
+        lora_targets: Sequence[str] | None = None,
         critic: bool = False,
         critic_map: bool = False,
         critic_width: int = 256,
@@ -120,6 +125,8 @@ class StudentPolicy(ActorCriticPolicy):
             "student": student,
             "timesteps": [float(t) for t in timesteps],
             "reference": reference,
+            "lora_rank": lora_rank,
+            "lora_targets": lora_targets,
             "critic": critic,
             "critic_map": critic_map,
             "critic_width": critic_width,
@@ -142,16 +149,17 @@ class StudentPolicy(ActorCriticPolicy):
 
     def _build(self, lr_schedule: Schedule) -> None:
         settings = self.settings
-        self.denoiser = make_student(settings["student"]).eval().requires_grad_(True)
-        self.ema_denoiser = copy.deepcopy(self.denoiser).requires_grad_(False)
+        base = make_student(settings["student"]).eval()
+        self.denoiser = make_trainable(base, settings["lora_rank"], settings["lora_targets"])
+        self.ema_denoiser = copy_trained(self.denoiser).requires_grad_(False)
         self.reference_denoiser = (
-            copy.deepcopy(self.ema_denoiser) if settings["reference"] else None
+            copy_trained(base).requires_grad_(False) if settings["reference"] else None
         )
         _check_spaces(self.observation_space, self.action_space, self.denoiser)
         grid = explicit(settings["timesteps"], self.denoiser.schedule)
         self.timesteps: Tensor
         self.register_buffer("timesteps", grid)
-        groups = [{"params": list(self.denoiser.network.parameters())}]
+        groups = [{"params": [w for w in self.denoiser.network.parameters() if w.requires_grad]}]
         self.value_critic: nn.Module | None = None
         if settings["critic"]:
             kind = MapCritic if settings["critic_map"] else Critic
@@ -235,15 +243,20 @@ class StudentPolicy(ActorCriticPolicy):
             self.value_critic.train(mode)
 
     def update_ema(self, decay: float, updates: int) -> None:
-        """Let the averaged weights follow the trained ones; see `averaging.update_average`."""
-        averaged = self.ema_denoiser.network.parameters()
-        update_average(averaged, self.denoiser.network.parameters(), decay, updates)
+        """Let the averaged weights follow the trained ones; see `averaging.update_average`.
+
+        Of adapters each factor is averaged, not their product.
+        """
+        networks = self.ema_denoiser.network, self.denoiser.network
+        pairs = zip(*(network.parameters() for network in networks), strict=True)
+        averaged, trained = zip(*(pair for pair in pairs if pair[1].requires_grad), strict=True)
+        update_average(averaged, trained, decay, updates)
 
     def load_student(self, state: Mapping[str, Tensor]) -> None:
         """Start from these weights of the network, the average and the reference too."""
         for denoiser in (self.denoiser, self.ema_denoiser, self.reference_denoiser):
             if denoiser is not None:
-                denoiser.network.load_state_dict(state)
+                load_base(denoiser.network, state)
 
     def values(self, obs: Mapping[str, Tensor]) -> Tensor:
         """The critic's values, float32 `(N,)`, or maps of them `(N, A)`; zeros without one."""

@@ -31,6 +31,7 @@ from redif_env.vector_env import ReDiFVectorEnv
 from . import compatibility, diagnostics, losses
 from .buffers import RolloutBatch, TorchRolloutBuffer
 from .divergences import DIVERGENCES, AdaptiveCoefficient, divergence_map
+from .lora import merge
 from .policies import StudentPolicy
 from .statistics import EpisodeStatistics, HostView
 from .vec_env import TorchVecEnv
@@ -469,8 +470,8 @@ class ReDiFPPO(PPO):
             self.divergence_coef = self.adaptive_coef.coefficient
 
     def student(self) -> Any:
-        """The averaged student: a `Denoiser`, in evaluation mode."""
-        return self.policy.ema_denoiser
+        """The averaged student: a `Denoiser`, in evaluation mode, its adapters merged if any."""
+        return merge(self.policy.ema_denoiser)  # type: ignore[arg-type]
 
     def _train_epoch(
         self, clip_range: float, clip_range_vf: float | None, history: list[dict[str, Tensor]]

@@ -42,6 +42,10 @@ class Args:
     """Noise factor while exploring."""
     min_std: float | None = None
     """Smallest exploration std, in latent units."""
+    lora_rank: int | None = None
+    """Train adapters of this rank in place of all weights; needs pip install redif[lora]."""
+    lora_targets: tuple[str, ...] | None = None
+    """Names that the adapted layers end in, such as to_q to_v; default: agents.lora's."""
     bank_size: int = 6144
     """Training tasks that the teacher answers."""
     num_held_out: int = 1000
