@@ -395,6 +395,10 @@ class ReDiFPPO(PPO):
                 actions, record = self._act(observation, rollout_buffer)  # type: ignore[arg-type]
                 clipped = actions.clamp(low, high)
                 self._last_obs, rewards, ended, infos = env.step_tensor(clipped)  # type: ignore[assignment]
+                if not self.trains_student and "final_obs" in infos:
+                    # Out of time is not the end: what would have followed counts, as in SB3.
+                    beyond = self.policy.predict_values(infos["final_obs"]).flatten()
+                    rewards = rewards + self.gamma * torch.where(env.truncated, beyond, 0.0)
             dones = HostView(ended)
             self.num_timesteps += env.num_envs
             callback.update_locals(locals())
@@ -655,13 +659,13 @@ class ReDiFPPO(PPO):
     ) -> tuple[Tensor, dict[str, Any]]:
         """Actions `(N, A)`, and what the buffer keeps beside them."""
         if isinstance(self.policy, StudentPolicy):
-            rows = None if self.window is None else self._exploring_rows(buffer, self.window)
+            rows = None if self.window is None else self._exploring_rows(buffer)
             actions, values, gaussian = self.policy.explore(observation, rows, self.antithetic)
             return actions, {"values": values, "gaussian": gaussian}
         actions, values, log_prob = self.policy(observation)
         return actions, {"values": values, "log_prob": log_prob}
 
-    def _exploring_rows(self, buffer: TorchRolloutBuffer, window: int) -> Tensor:
+    def _exploring_rows(self, buffer: TorchRolloutBuffer) -> Tensor:
         """The rows whose window of stochastic steps holds the current one, bool `(N,)`."""
         length = buffer.episode_length
         step = buffer.pos % length
@@ -670,7 +674,7 @@ class ReDiFPPO(PPO):
             drawn = torch.randint(length, (groups,), device=buffer.device)
             self._explored_step = drawn.repeat_interleave(buffer.group_size)
             buffer.add_explored_step(self._explored_step)
-        return (step - self._explored_step) % length < window
+        return (step - self._explored_step) % length < self.window
 
     def _action_bounds(self, device: torch.device) -> tuple[Tensor, Tensor]:
         space: Any = self.action_space

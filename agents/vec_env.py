@@ -76,7 +76,7 @@ class TorchVecEnv(VecEnv):
             the environment returned them.
         """
         observation, rewards, terminations, truncations, infos = self.env.step(actions)
-        self._truncations = truncations & ~terminations
+        self.truncated = truncations & ~terminations
         return observation, rewards, terminations | truncations, infos
 
     @contextlib.contextmanager
@@ -99,7 +99,7 @@ class TorchVecEnv(VecEnv):
         actions = torch.as_tensor(np.asarray(self._actions), device=self.device)
         observation, rewards, dones, infos = self.step_tensor(actions)
         host_dones = dones.cpu().numpy()
-        truncated = self._truncations.cpu().numpy()
+        truncated = self.truncated.cpu().numpy()
         records = self._records(infos, host_dones, truncated)
         return _numpy(observation), rewards.cpu().numpy(), host_dones, records
 

@@ -184,15 +184,7 @@ def test_action_whose_reward_comes_a_step_later():
 
 @pytest.mark.parametrize(
     "kind",
-    [
-        PPO,
-        pytest.param(
-            ReDiFPPO,
-            marks=pytest.mark.xfail(
-                strict=True, reason="rollouts of tensors take truncation for the end of the process"
-            ),
-        ),
-    ],
+    [PPO, ReDiFPPO],
 )
 def test_truncation_is_not_the_end(kind):
     """A reward of 1 a step that never ends is worth 1 / (1 - gamma), however it is cut up."""
