@@ -42,6 +42,7 @@ STOCHASTIC_STEPS = ("all", "one")
 # Root-mean-square log-ratio an element before the first update. float32 on different batch sizes
 # gives about 1e-5; active dropout, another guidance scale or mixed dtypes give 0.1 and more.
 RATIO_TOLERANCE = 1e-2
+GAP_FRACTION = 0.5
 GAP_TASKS = 64  # on which the gap is measured before the first rollout
 MAX_SKIPPED = 3  # updates in a row that may have no finite loss or gradient
 
@@ -114,7 +115,8 @@ class ReDiFPPO(PPO):
         min_std: Smallest exploration std, in latent units; likewise.
         gap_fraction: Explore with at least this share of the gap, the root-mean-square distance of
             the last rollout's samples (of their group's mean) from the teacher's: exploration
-            shrinks as the student learns. `min_std` stays the floor. None: no such rule.
+            shrinks as the student learns. `min_std` stays the floor. None: no such rule;
+            `"auto"`: 0.5 with a `StudentPolicy`.
         ema_decay: Of the student's moving average, an update; reached after a warm-up.
         target_kl: Stop the epochs of an iteration beyond 1.5 times this KL; an *element* of the
             action with a `StudentPolicy`, of the whole action with other policies (as in
@@ -151,7 +153,7 @@ class ReDiFPPO(PPO):
         learning_rate: float | Schedule = 1e-4,
         n_steps: int | None = None,
         batch_size: int = 256,
-        n_epochs: int = 1,
+        n_epochs: int = 3,
         gamma: float = 1.0,
         gae_lambda: float = 0.95,
         clip_range: float | Schedule = 0.2,
@@ -170,9 +172,9 @@ class ReDiFPPO(PPO):
         stochastic_steps: str | int | None = None,
         step_weights: Sequence[float] | None = None,
         antithetic: bool | None = None,
-        eta: float | Schedule = 0.1,
-        min_std: float | Schedule = 0.02,
-        gap_fraction: float | None = None,
+        eta: float | Schedule = 0.0,
+        min_std: float | Schedule = 0.005,
+        gap_fraction: float | str | None = "auto",
         ema_decay: float = 0.95,
         target_kl: float | None = None,
         adaptive_lr: bool = False,
@@ -216,9 +218,11 @@ class ReDiFPPO(PPO):
         self.antithetic = grouped if antithetic is None else antithetic
         self.eta = eta
         self.min_std = min_std
-        if gap_fraction is not None:
+        if isinstance(gap_fraction, str):
+            check_choice("gap_fraction", gap_fraction, ("auto",))
+        elif gap_fraction is not None:
             gap_fraction = check_number("gap_fraction", gap_fraction)
-        self.gap_fraction = gap_fraction
+        self.gap_fraction: Any = gap_fraction
         self.gap = 0.0
         self._gap: Tensor | None = None
         self.ema_decay = check_number("ema_decay", ema_decay, 0, 1)
@@ -317,6 +321,8 @@ class ReDiFPPO(PPO):
     def _configure(self) -> None:
         """Settle what depends on the environment, and refuse what does not go together."""
         env = self.env if isinstance(self.env, TorchVecEnv) else None
+        if self.gap_fraction == "auto":
+            self.gap_fraction = GAP_FRACTION if self.trains_student else None
         if not self.trains_student:
             compatibility.check_generic_policy(self)
         elif env is None:
@@ -674,7 +680,7 @@ class ReDiFPPO(PPO):
             drawn = torch.randint(length, (groups,), device=buffer.device)
             self._explored_step = drawn.repeat_interleave(buffer.group_size)
             buffer.add_explored_step(self._explored_step)
-        return (step - self._explored_step) % length < self.window
+        return (step - self._explored_step) % length < (self.window or length)
 
     def _action_bounds(self, device: torch.device) -> tuple[Tensor, Tensor]:
         space: Any = self.action_space

@@ -17,7 +17,8 @@ from redif_env.errors import check_choice
 
 Recipe = dict[str, Any]
 
-# This project's: element ratios, local credit, one exploring step, opposite noise.
+# This project's: element ratios, local credit, one exploring step, opposite noise whose size
+# follows the gap to the teacher, three epochs.
 _DEFAULT: Recipe = {
     "env": {"group_size": 2},
     "policy": {},
@@ -27,12 +28,13 @@ _DEFAULT: Recipe = {
         "credit": "local",
         "stochastic_steps": "one",
         "antithetic": True,
-        "eta": 0.1,
-        "min_std": 0.02,
+        "eta": 0.0,
+        "min_std": 0.005,
+        "gap_fraction": 0.5,
         "clip_range": 0.2,
         "learning_rate": 2e-4,
         "batch_size": 256,
-        "n_epochs": 1,
+        "n_epochs": 3,
         "ema_decay": 0.95,
     },
     "decay": True,
@@ -51,6 +53,7 @@ _DDPO: Recipe = {
         "antithetic": False,
         "eta": 1.0,
         "min_std": 0.02,
+        "gap_fraction": None,
         "clip_range": 1e-4,
         "advantage_clip": 10.0,
         "learning_rate": 1e-5,

@@ -1,6 +1,7 @@
-"""Rewards: how well a student's final sample agrees with the teacher's."""
+"""Rewards: how good a student's final sample is, most of them against the teacher's."""
 
 from .base import Reward, WeightedSum, evaluate, make_reward, register_reward
+from .blind import CompressedSize, Label
 from .maps import fit_map
 from .pixel import MSE, PSNR, SSIM, Cosine
 
@@ -8,7 +9,9 @@ __all__ = [
     "MSE",
     "PSNR",
     "SSIM",
+    "CompressedSize",
     "Cosine",
+    "Label",
     "Reward",
     "WeightedSum",
     "evaluate",

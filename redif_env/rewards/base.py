@@ -78,6 +78,11 @@ class WeightedSum(Reward):
     In the map a term without one counts the same everywhere, so that its credit stays global. Maps
     of different resolutions meet on the grid of the samples.
 
+    Local credit shifts the balance: an element is credited with the map at its place, of which the
+    reward holds only the share 1/D (D elements), but with a term without a map as it is. What is
+    climbed is `D * (terms with a map) + (terms without)`, so give the latter D times the weight
+    that they would have under global credit.
+
     Args:
         terms: Pairs of weight and reward.
     """

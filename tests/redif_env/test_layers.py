@@ -19,6 +19,7 @@ LAYERS = (
     "rewards.maps",
     "rewards.base",
     "rewards.pixel",
+    "rewards.blind",
     "rewards",
     "mdp",
     "rendering",

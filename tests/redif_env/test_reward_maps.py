@@ -82,3 +82,35 @@ def test_a_term_without_a_map_counts_the_same_everywhere(pair):
     without = evaluate(MSE(), *pair, None)[1]
     difference = (with_term - without).flatten(1)
     torch.testing.assert_close(difference, Cosine()(*pair, None)[:, None].expand(-1, 64))
+
+
+class Blind(Reward):
+    """The paired error without its map."""
+
+    def __call__(self, x_0, teacher_x_0, condition):
+        return MSE()(x_0, teacher_x_0, condition)
+
+
+@pytest.mark.parametrize("weight", [1.0, 4.0])
+def test_local_credit_divides_terms_without_a_map_by_the_number_of_elements(generator, weight):
+    """The same reward with and without its map: what the elements' own noise learns of each.
+
+    The score-function gradient of an element's credit is `E[credit_d noise_d] / std`. For the
+    squared error it is `-2 error_d`, and 1/D of that where the credit is the row's mean. Opposite
+    noise cancels the even orders. The largest standard error is 2 |error| sqrt(2) (1 + weight)
+    / sqrt(pairs), 0.045 here.
+    """
+    error, std = torch.tensor([0.5, -1.0, 2.0, 0.0]).reshape(1, 1, 2, 2), 0.1
+    noise = torch.randn(400_000, 1, 2, 2, generator=generator)
+    answer = torch.zeros_like(noise)
+
+    def learnt(reward):
+        plus, minus = (
+            evaluate(reward, error + sign * std * noise, answer, None)[1] for sign in (1, -1)
+        )
+        return ((plus - minus) * noise).mean(0, keepdim=True) / (2 * std)
+
+    torch.testing.assert_close(learnt(MSE()), -2 * error, atol=0.1, rtol=0)
+    both = learnt(MSE() + weight * Blind())
+    torch.testing.assert_close(both, -2 * error * (1 + weight / 4), atol=0.15, rtol=0)
+    assert not torch.allclose(both, -2 * error * (1 + weight), atol=1)

@@ -1,0 +1,87 @@
+"""Blind rewards: a score of the final sample, with neither gradient nor map."""
+
+from __future__ import annotations
+
+import copy
+import zlib
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InvalidArgumentError
+from .base import Reward, register_reward
+
+
+class CompressedSize(Reward):
+    """Minus the size in bytes of each sample, losslessly compressed by zlib at level 9.
+
+    Samples are taken as images in [-1, 1]: clipped, rounded to uint8, and compressed row after row,
+    channel after channel, each image alone. An image of B incompressible bytes scores about
+    -(B + 11). The teacher's answer does not count, and an empty picture scores best: use it in a
+    sum. The pixels of a batch go to the host in one transfer, which waits for the device.
+    """
+
+    name = "compressed_size"
+
+    def __call__(self, x_0: Tensor, teacher_x_0: Tensor, condition: Tensor | None) -> Tensor:
+        if x_0.ndim != 4:
+            raise InvalidArgumentError(
+                "x_0", tuple(x_0.shape), "only images, (N, C, H, W), have a compressed size."
+            )
+        pixels = ((x_0.detach().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        sizes = [len(zlib.compress(image.tobytes(), 9)) for image in pixels.cpu().numpy()]
+        return _nan_where_nan(-torch.tensor(sizes, dtype=torch.float32, device=x_0.device), x_0)
+
+
+class Label(Reward):
+    """1 where a classifier's most likely class is the condition, else 0.
+
+    Args:
+        classifier: Network from images `(N, C, H, W)` to logits `(N, K)`, with a logit for every
+            class of the teacher. A copy is kept, frozen, in evaluation mode, and moved to the
+            device of the samples: training the original on does not move the reward.
+
+    Raises:
+        InvalidArgumentError: if `classifier` is not a module; when scoring, if there is no
+            condition, or the logits are not one row a sample or lack a class.
+    """
+
+    def __init__(self, classifier: nn.Module) -> None:
+        if not isinstance(classifier, nn.Module):
+            raise InvalidArgumentError(
+                "classifier", classifier, "pass a torch.nn.Module from images to logits."
+            )
+        self.classifier = copy.deepcopy(classifier).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self, x_0: Tensor, teacher_x_0: Tensor, condition: Tensor | None) -> Tensor:
+        if condition is None:
+            raise InvalidArgumentError(
+                "condition", None, "Label needs classes: use a class-conditional teacher."
+            )
+        logits = self.classifier.to(x_0.device)(x_0)
+        _check_logits(logits, condition)
+        return _nan_where_nan((logits.argmax(1) == condition).float(), logits)
+
+
+def _check_logits(logits: object, condition: Tensor) -> None:
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(condition):
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else logits
+        raise InvalidArgumentError(
+            "classifier(x_0)", got, f"return logits of shape ({len(condition)}, number of classes)."
+        )
+    # Otherwise such a row would score 0 for ever, whatever the student does.
+    if bool((condition >= logits.shape[1]).any()):
+        raise InvalidArgumentError(
+            "classifier(x_0)",
+            tuple(logits.shape),
+            f"return a logit for every class up to {int(condition.max())}.",
+        )
+
+
+def _nan_where_nan(values: Tensor, source: Tensor) -> Tensor:
+    """NaN in the rows where `source` has one: a cast or an argmax would hide it."""
+    return values.masked_fill(source.isnan().flatten(1).any(1), torch.nan)
+
+
+register_reward(CompressedSize.name, CompressedSize)
