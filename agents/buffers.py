@@ -88,7 +88,8 @@ class TorchRolloutBuffer(RolloutBuffer):
         self.episode_length = episode_length
         self.stochastic_steps = stochastic_steps
         self.normalize_advantage = normalize_advantage
-        self.task_means = TaskMeans(num_tasks) if advantage == "task" else None
+        # of rows, and of maps
+        self.task_means = TaskMeans(num_tasks), TaskMeans(num_tasks)
         self._store: dict[str, Tensor] = {}
         super().__init__(*args, **kwargs)
         self._order = torch.Generator(self.device).manual_seed(seed)
@@ -205,13 +206,12 @@ class TorchRolloutBuffer(RolloutBuffer):
         local = self._relative(self._store["reward_map"].flatten(2))
         if self.local_weight == 1:
             return local
-        # The mean of an element's advantage over the elements is the row's: no second baseline.
-        rest = standardised(local.mean(2)).unsqueeze(2)
+        rest = self._relative(returns).unsqueeze(2)
         return self.local_weight * local + (1 - self.local_weight) * rest
 
     def _relative(self, outcome: Tensor) -> Tensor:
-        if self.task_means is not None:
-            return self.task_means.relative(outcome, self._store["tasks"])
+        if self.advantage == "task":
+            return self.task_means[outcome.ndim == 3].relative(outcome, self._store["tasks"])
         if self.advantage == "batch":
             return batch_relative(outcome)
         return group_relative(outcome, self.group_size)

@@ -177,7 +177,8 @@ def reward(process: Process, state: EnvState) -> tuple[Tensor, Tensor | None]:
     At `t = 0`: `reward(x_0, teacher_x_0, condition) - step_cost * nfe`.
 
     Returns:
-        float32 `(N,)`, and float32 `(N, *latent_shape)` or None; the map's mean is the reward.
+        float32 `(N,)`, and the map, float32 `(N, ...)`, or None. No place is cheaper than another:
+        the cost counts in the map as a term without one, see `rewards.WeightedSum`.
     """
     values, reward_map = rewards.evaluate(
         process.reward, state.x_t, state.teacher_x_0, state.condition
@@ -185,8 +186,9 @@ def reward(process: Process, state: EnvState) -> tuple[Tensor, Tensor | None]:
     cost = process.step_cost * process.nfe_per_step * state.step_index
     ended = terminal(process, state)
     if reward_map is not None:
+        shared = state.x_t[0].numel() * cost
         reward_map = torch.where(
-            expand(ended, reward_map), reward_map - expand(cost, reward_map), 0.0
+            expand(ended, reward_map), reward_map - expand(shared, reward_map), 0.0
         )
     return torch.where(ended, values - cost, 0.0), reward_map
 

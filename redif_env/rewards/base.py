@@ -47,9 +47,20 @@ class Reward(ABC):
     def reward_map(self, x_0: Tensor, teacher_x_0: Tensor, condition: Tensor | None) -> Tensor:
         """The reward of each place, float `(N, C', H', W')`; its mean over a row is the reward.
 
-        Usually of the latents' shape; patches or decoded pixels make coarser or finer maps.
+        Usually of the latents' shape; patches or decoded pixels make coarser or finer maps. In a
+        sum the terms without a map break the rule about the mean, see `WeightedSum`.
         """
         raise InvalidArgumentError("reward", self.name, "it has no map: use credit='global'.")
+
+    def score(
+        self, x_0: Tensor, teacher_x_0: Tensor, condition: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The reward of each row, `(N,)`, and its map or None, in one go; see `evaluate`."""
+        if not self.has_map:
+            return self(x_0, teacher_x_0, condition), None
+        reward_map = self.reward_map(x_0, teacher_x_0, condition)
+        _check_map(self, reward_map, tuple(x_0.shape))
+        return reward_map.flatten(1).mean(1), reward_map
 
     def __add__(self, other: Reward) -> Reward:
         if not isinstance(other, Reward):
@@ -75,13 +86,10 @@ class MapReward(Reward):
 class WeightedSum(Reward):
     """A weighted sum of rewards; has a map when any term has one.
 
-    In the map a term without one counts the same everywhere, so that its credit stays global. Maps
-    of different resolutions meet on the grid of the samples.
-
-    Local credit shifts the balance: an element is credited with the map at its place, of which the
-    reward holds only the share 1/D (D elements), but with a term without a map as it is. What is
-    climbed is `D * (terms with a map) + (terms without)`, so give the latter D times the weight
-    that they would have under global credit.
+    An element's place in the map of a mean over D elements holds D times what the element adds to
+    the reward. Every element answers for all of a term without a map, so in the map such a term
+    counts D times, the same everywhere: local credit then climbs the sum as it is weighted. Maps of
+    different resolutions meet on the grid of the samples.
 
     Args:
         terms: Pairs of weight and reward.
@@ -100,13 +108,24 @@ class WeightedSum(Reward):
         return sum(parts[1:], start=parts[0])
 
     def reward_map(self, x_0: Tensor, teacher_x_0: Tensor, condition: Tensor | None) -> Tensor:
-        total = zeros = torch.zeros_like(x_0)
+        _, total = self.score(x_0, teacher_x_0, condition)
+        return super().reward_map(x_0, teacher_x_0, condition) if total is None else total
+
+    def score(
+        self, x_0: Tensor, teacher_x_0: Tensor, condition: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        total, total_map = x_0.new_zeros(len(x_0)), torch.zeros_like(x_0)
         for weight, term in self.terms:
             values, term_map = evaluate(term, x_0, teacher_x_0, condition)
-            part = zeros if term_map is None else fit_map(term_map, x_0.shape[1:])
-            # Resizing may change the mean, which is the reward.
-            total = total + weight * (part + expand(values - part.flatten(1).mean(1), part))
-        return total
+            total = total + weight * values
+            if term_map is None:
+                part = expand(x_0[0].numel() * values, x_0)
+            else:
+                part = fit_map(term_map, x_0.shape[1:])
+                # Resizing may change the mean, which is the reward.
+                part = part + expand(values - part.flatten(1).mean(1), part)
+            total_map = total_map + weight * part
+        return total, total_map if self.has_map else None
 
 
 def _terms(reward: Reward) -> list[tuple[float, Reward]]:
@@ -124,13 +143,9 @@ def evaluate(
     Raises:
         InvalidRewardError: if the reward's or the map's shape is wrong.
     """
-    if not reward.has_map:
-        values = reward(x_0, teacher_x_0, condition)
-        _check_shape(reward, values, (len(x_0),))
-        return values.float(), None
-    reward_map = reward.reward_map(x_0, teacher_x_0, condition)
-    _check_map(reward, reward_map, tuple(x_0.shape))
-    return reward_map.float().flatten(1).mean(1), reward_map.float()
+    values, reward_map = reward.score(x_0, teacher_x_0, condition)
+    _check_shape(reward, values, (len(x_0),))
+    return values.float(), None if reward_map is None else reward_map.float()
 
 
 def _check_shape(reward: Reward, values: object, shape: tuple[int, ...]) -> None:

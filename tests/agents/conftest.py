@@ -35,7 +35,15 @@ def make_model(make_env: Callable[..., ReDiFVectorEnv]) -> Callable[..., ReDiFPP
     """Makes an agent on the small environment; any argument can be replaced."""
 
     def make(env=None, **changes) -> ReDiFPPO:
-        settings = {"learning_rate": 1e-4, "batch_size": 8, "eta": 0.1, "min_std": 0.02, "seed": 0}
+        settings = {
+            "learning_rate": 1e-4,
+            "batch_size": 8,
+            "n_epochs": 1,
+            "eta": 0.1,
+            "min_std": 0.02,
+            "gap_fraction": None,
+            "seed": 0,
+        }
         return ReDiFPPO("StudentPolicy", env or make_env(), **{**settings, **changes})
 
     return make

@@ -126,7 +126,9 @@ def make_agent(
     policy: dict[str, Any] | None = None,
     **options: Any,
 ) -> ReDiFPPO:
-    defaults = {"batch_size": env.num_envs, "eta": 0.0, "min_std": 0.1, "ema_decay": 0.0, "seed": 0}
+    exploration = {"eta": 0.0, "min_std": 0.1, "gap_fraction": None}
+    defaults = {"batch_size": env.num_envs, "n_epochs": 1, "ema_decay": 0.0, "seed": 0}
+    defaults = {**exploration, **defaults}
     policy = {"student": make_student, **(policy or {})}
     model = kind("StudentPolicy", env, policy_kwargs=policy, **{**defaults, **options})
     model.set_logger(configure(None, []))

@@ -207,8 +207,10 @@ def test_the_ledger_counts_every_forward_once(run):
     ledger = run[0].report["ledger"]
     # training and validation tasks, 5 steps each
     assert ledger["teacher"] == (64 + NUM_VALIDATION) * 5
-    assert ledger["rollout"] == 2 * 16 * 2  # 2 iterations of 16 rows and 2 steps
-    assert ledger["update"] == 3 * 2 * 16  # one step of each trajectory; backward counts twice
+    # 2 iterations of 16 rows and 2 steps, and as much as one to measure the first gap
+    assert ledger["rollout"] == 3 * 16 * 2
+    # 3 epochs of one step of each trajectory; backward counts twice
+    assert ledger["update"] == 3 * 3 * 2 * 16
     assert ledger["search"] % (2 * NUM_VALIDATION) == 0  # whole grids of 2 steps
     assert run[0].report["network_evaluations"] == sum(ledger.values())
 
@@ -228,8 +230,8 @@ def test_guidance_doubles_the_cost():
     assert (report["num_steps"], report["nfe"]) == (1, 2)
     ledger = report["ledger"]
     assert ledger["teacher"] == 2 * 64 * 5  # a given grid needs no validation tasks
-    assert ledger["rollout"] == 2 * 2 * 16
-    assert ledger["update"] == 3 * 2 * 2 * 16
+    assert ledger["rollout"] == 2 * 3 * 16
+    assert ledger["update"] == 3 * 3 * 2 * 2 * 16
 
 
 def test_training_improves_the_held_out_error():

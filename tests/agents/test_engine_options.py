@@ -26,7 +26,8 @@ def make_model(teacher, bank, env=None, **options):
         seed=0,
         **(env or {"group_size": 2}),
     )
-    model = ReDiFPPO("StudentPolicy", env, seed=0, **{"batch_size": 8, **options})
+    fixed = {"batch_size": 8, "n_epochs": 1, "eta": 0.1, "min_std": 0.02, "gap_fraction": None}
+    model = ReDiFPPO("StudentPolicy", env, seed=0, **{**fixed, **options})
     model.set_logger(configure(None, []))
     return model
 

@@ -14,7 +14,8 @@ def learned(make_env, held_out, seed: int, **changes) -> tuple[float, float]:
     """Held-out reward of the deterministic student, before and after 15 iterations."""
     env_changes = {"reward": changes.pop("reward", "mse"), "schedule": changes.pop("schedule")}
     env = make_env(64, seed=seed, **env_changes)
-    settings = {"learning_rate": 3e-4, "batch_size": 32, "eta": 0.1, "min_std": 0.02, **changes}
+    settings = {"learning_rate": 3e-4, "batch_size": 32, "eta": 0.1, "min_std": 0.02, "n_epochs": 1}
+    settings = {**settings, "gap_fraction": None, **changes}
     model = ReDiFPPO("StudentPolicy", env, ema_decay=0.5, seed=seed, **settings)
 
     def reward() -> float:

@@ -69,19 +69,19 @@ def test_maps_that_are_no_images_must_fit():
         fit_map(torch.zeros(2, 5), (7,))
 
 
-def test_a_sum_keeps_its_mean_whatever_the_terms(pair):
-    total = 0.5 * MSE() + 2 * Patches() + Cosine()
-    wanted = 0.5 * MSE()(*pair, None) + 2 * Patches()(*pair, None) + Cosine()(*pair, None)
-    values, reward_map = evaluate(total, *pair, None)
-    torch.testing.assert_close(values, wanted)
-    torch.testing.assert_close(reward_map.flatten(1).mean(1), wanted)
+def test_a_sum_keeps_its_value_whatever_the_terms(pair):
+    mapped = 0.5 * MSE()(*pair, None) + 2 * Patches()(*pair, None)
+    values, reward_map = evaluate(0.5 * MSE() + 2 * Patches() + Cosine(), *pair, None)
+    torch.testing.assert_close(values, mapped + Cosine()(*pair, None))
+    whole = mapped + 64 * Cosine()(*pair, None)
+    torch.testing.assert_close(reward_map.flatten(1).mean(1), whole)
 
 
 def test_a_term_without_a_map_counts_the_same_everywhere(pair):
     with_term = evaluate(MSE() + Cosine(), *pair, None)[1]
     without = evaluate(MSE(), *pair, None)[1]
     difference = (with_term - without).flatten(1)
-    torch.testing.assert_close(difference, Cosine()(*pair, None)[:, None].expand(-1, 64))
+    torch.testing.assert_close(difference, 64 * Cosine()(*pair, None)[:, None].expand(-1, 64))
 
 
 class Blind(Reward):
@@ -92,13 +92,12 @@ class Blind(Reward):
 
 
 @pytest.mark.parametrize("weight", [1.0, 4.0])
-def test_local_credit_divides_terms_without_a_map_by_the_number_of_elements(generator, weight):
+def test_local_credit_climbs_the_sum_as_it_is_weighted(generator, weight):
     """The same reward with and without its map: what the elements' own noise learns of each.
 
     The score-function gradient of an element's credit is `E[credit_d noise_d] / std`. For the
-    squared error it is `-2 error_d`, and 1/D of that where the credit is the row's mean. Opposite
-    noise cancels the even orders. The largest standard error is 2 |error| sqrt(2) (1 + weight)
-    / sqrt(pairs), 0.045 here.
+    squared error it is `-2 error_d`, with its map and without. Opposite noise cancels the even
+    orders. The largest standard error is 2 |errors| sqrt(2) (1 + weight) / sqrt(pairs), 0.05 here.
     """
     error, std = torch.tensor([0.5, -1.0, 2.0, 0.0]).reshape(1, 1, 2, 2), 0.1
     noise = torch.randn(400_000, 1, 2, 2, generator=generator)
@@ -112,5 +111,5 @@ def test_local_credit_divides_terms_without_a_map_by_the_number_of_elements(gene
 
     torch.testing.assert_close(learnt(MSE()), -2 * error, atol=0.1, rtol=0)
     both = learnt(MSE() + weight * Blind())
-    torch.testing.assert_close(both, -2 * error * (1 + weight / 4), atol=0.15, rtol=0)
-    assert not torch.allclose(both, -2 * error * (1 + weight), atol=1)
+    torch.testing.assert_close(both, -2 * error * (1 + weight), atol=0.2, rtol=0)
+    assert not torch.allclose(both, -2 * error * (1 + weight / 4), atol=1)
