@@ -39,10 +39,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "default-global": {"credit": "global"},
     "grpo": {},
     "ddpo": {},
-    "ddpo-tuned": {"learning_rate": 1e-4, "eta": 0.3, "clip_range": 1e-3, "decay": True},
+    "ddpo-tuned": {
+        "learning_rate": 5e-5,
+        "eta": 0.0,
+        "min_std": 0.1,
+        "clip_range": 1e-2,
+        "ema_decay": 0.95,
+        "decay": True,
+    },
 }
 BACKPROP = "backprop"
-_TUNED_DDPO = {"decay": True, "ema_decay": 0.95}
+_DECAYED = {"decay": True, "ema_decay": 0.95}
 # Eight trials each. What is fixed for DDPO is what makes it DDPO: global credit, the mean
 # log-ratio, no groups.
 TRIALS: dict[str, list[dict[str, Any]]] = {
@@ -57,7 +64,7 @@ TRIALS: dict[str, list[dict[str, Any]]] = {
         {"batch_size": 128, "n_epochs": 2},
     ],
     "ddpo": [
-        {**_TUNED_DDPO, **trial}
+        {**_DECAYED, **trial}
         for trial in (
             {"learning_rate": 1e-4, "eta": 0.3, "clip_range": 1e-3},
             {"learning_rate": 1e-4, "eta": 0.1, "clip_range": 1e-3},
@@ -112,7 +119,7 @@ class Args:
     """Numbers of steps."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of training."""
-    iterations: int = 40
+    iterations: int = 30
     """Budget: iterations of `num_envs` trajectories."""
     num_envs: int = 512
     """Trajectories of an iteration, for every recipe."""
