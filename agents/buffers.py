@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +19,8 @@ class RolloutBatch(NamedTuple):
     """A minibatch of B transitions; the first six fields are Stable-Baselines3's.
 
     Attributes:
-        observations: Tensors `(B, ...)` by name.
-        actions: float32 `(B, A)`.
+        observations: Tensors `(B, ...)` by name, or one where the space is a Box.
+        actions: float32 `(B, A)`; int64 `(B, 1)` where they are discrete.
         old_values: float32 `(B,)`, or maps `(B, D)` from a critic with local credit.
         old_log_prob: float32 `(B,)`; zeros when `old` is given.
         advantages: float32 `(B,)`, or `(B, D)` with local credit.
@@ -29,7 +29,7 @@ class RolloutBatch(NamedTuple):
         step_index: Steps of the episode before each transition, int64 `(B,)`.
     """
 
-    observations: dict[str, Tensor]
+    observations: Any
     actions: Tensor
     old_values: Tensor
     old_log_prob: Tensor
@@ -117,7 +117,7 @@ class TorchRolloutBuffer(RolloutBuffer):
 
     def add(  # type: ignore[override]
         self,
-        observation: dict[str, Tensor],
+        observation: dict[str, Tensor] | Tensor,
         actions: Tensor,
         rewards: Tensor,
         episode_starts: Tensor,
@@ -126,9 +126,12 @@ class TorchRolloutBuffer(RolloutBuffer):
         gaussian: Gaussian | None = None,
     ) -> None:
         """Store one step of N rows: tensors `(N, ...)` on the device."""
-        for name, value in observation.items():
-            self._put(f"observation/{name}", value)
-        self._put("actions", actions.flatten(1))
+        if isinstance(observation, Tensor):
+            self._put("observation", observation)
+        else:
+            for name, value in observation.items():
+                self._put(f"observation/{name}", value)
+        self._put("actions", actions.reshape(len(actions), -1))
         self._put("rewards", rewards)
         self._put("episode_starts", episode_starts)
         self._put("values", values if self.has_value_map else values.flatten())
@@ -254,10 +257,8 @@ class TorchRolloutBuffer(RolloutBuffer):
             return self._store[name].flatten(0, 1)[rows]
 
         gaussian = Gaussian(take("mean"), take("std")) if "mean" in self._store else None
-        prefix = "observation/"
-        names = [name for name in self._store if name.startswith(prefix)]
         return RolloutBatch(
-            observations={name.removeprefix(prefix): take(name) for name in names},
+            observations=self._observations(take),
             actions=take("actions"),
             old_values=take("values"),
             old_log_prob=take("log_prob") if "log_prob" in self._store else torch.zeros(()),
@@ -266,6 +267,14 @@ class TorchRolloutBuffer(RolloutBuffer):
             old=gaussian,
             step_index=rows // self.n_envs % self.episode_length,
         )
+
+    def _observations(self, take: Callable[[str], Tensor]) -> dict[str, Tensor] | Tensor:
+        """What was observed, as it was given: by name, or as one tensor."""
+        if "observation" in self._store:
+            return take("observation")
+        prefix = "observation/"
+        names = [name for name in self._store if name.startswith(prefix)]
+        return {name.removeprefix(prefix): take(name) for name in names}
 
     def _advantages_of(self, rows: Tensor) -> Tensor:
         """Advantages of transitions; those of a group hold for its whole episode."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from redif_env.errors import InvalidArgumentError
+from redif_env.schedule_env import ReDiFScheduleVectorEnv
 
 from .divergences import check_divergence
 
@@ -56,6 +57,12 @@ def check_generic_policy(agent: Any) -> None:
 
 def check_process(base: Any) -> None:
     """A student acts in next latents on a fixed schedule."""
+    if isinstance(base, ReDiFScheduleVectorEnv):
+        raise InvalidArgumentError(
+            "env",
+            type(base).__name__,
+            "its student is frozen: pass 'MultiInputPolicy', or a ReDiFVectorEnv.",
+        )
     if base.timesteps is None:
         raise InvalidArgumentError(
             "schedule", "free", "StudentPolicy needs a fixed one: 'uniform' or a list."

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from gymnasium import spaces
 from gymnasium.vector import VectorEnv
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
@@ -394,12 +395,12 @@ class ReDiFPPO(PPO):
         rollout_buffer.reset()
         callback.on_rollout_start()
         statistics = EpisodeStatistics(env.device)
-        low, high = self._action_bounds(env.device)
+        bounds = self._action_bounds(env.device)
         for _ in range(n_rollout_steps):
             observation, starts = self._last_obs, self._last_episode_starts
             with torch.no_grad():
                 actions, record = self._act(observation, rollout_buffer)  # type: ignore[arg-type]
-                clipped = actions.clamp(low, high)
+                clipped = actions if bounds is None else actions.clamp(*bounds)
                 self._last_obs, rewards, ended, infos = env.step_tensor(clipped)  # type: ignore[assignment]
                 if not self.trains_student and "final_obs" in infos:
                     # Out of time is not the end: what would have followed counts, as in SB3.
@@ -595,7 +596,7 @@ class ReDiFPPO(PPO):
     def _evaluate_generic(self, batch: Any) -> Evaluation:
         """The same of any policy: whole actions instead of elements."""
         actions = batch.actions
-        if self.action_space.__class__.__name__ == "Discrete":
+        if isinstance(self.action_space, spaces.Discrete):
             actions = actions.long().flatten()
         values, log_prob, entropy = self.policy.evaluate_actions(batch.observations, actions)
         log_ratio = (log_prob - batch.old_log_prob).unsqueeze(1)
@@ -682,8 +683,10 @@ class ReDiFPPO(PPO):
             buffer.add_explored_step(self._explored_step)
         return (step - self._explored_step) % length < (self.window or length)
 
-    def _action_bounds(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _action_bounds(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
         space: Any = self.action_space
+        if not isinstance(space, spaces.Box):
+            return None
         return torch.as_tensor(space.low, device=device), torch.as_tensor(space.high, device=device)
 
     def _record(self, history: list[dict[str, Tensor]], clip_range: float) -> None:

@@ -9,13 +9,14 @@ import torch
 from sb3_contrib import ARS, QRDQN, TQC, CrossQ, MaskablePPO
 from sb3_contrib.common.maskable.evaluation import evaluate_policy
 from sb3_contrib.common.maskable.utils import get_action_masks, is_masking_supported
+from small_world import STOCK
 from stable_baselines3 import DQN, PPO, SAC
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor
 
 import redif_env
-from agents import TorchVecEnv, make_sb3_env
+from agents import ReDiFPPO, TorchVecEnv, make_sb3_env
 from redif_env import schedules
 from redif_env.errors import InvalidArgumentError
 
@@ -229,3 +230,30 @@ def test_crossq_learns_on_the_flattened_single_environment(teacher, bank):
 def test_ppo_acts_in_both_parts(make):
     episodes = learn(agent(PPO, "MultiInputPolicy", make("joint")), 64)
     assert {episode["l"] for episode in episodes} <= {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("variant", ACTIONS)
+@pytest.mark.parametrize(("observation", "policy"), [("dict", "MultiInput"), ("flat", "Mlp")])
+def test_our_ppo_takes_every_variant_as_stock_ppo_does(make, variant, observation, policy):
+    """On tensors, with the same seed: the same network, actions and first update."""
+    options = {"n_steps": 4, "batch_size": 16, "n_epochs": 1, "seed": 0, "gamma": 1.0}
+    # not Adam, whose first steps blow up float32's rounding where a gradient is nearly zero
+    options["policy_kwargs"] = {"optimizer_class": torch.optim.SGD, "optimizer_kwargs": {}}
+
+    def trained(kind, iterations=1, **more):
+        model = kind(f"{policy}Policy", make(variant, observation), **options, **more)
+        model.learn(16 * iterations)
+        return torch.cat([p.detach().flatten() for p in model.policy.parameters()])
+
+    stock = trained(PPO, learning_rate=0.1)
+    torch.testing.assert_close(
+        trained(ReDiFPPO, learning_rate=0.1, **STOCK), stock, rtol=0, atol=1e-5
+    )
+    # negative control: the update is far larger than the tolerance
+    assert float((stock - trained(PPO, learning_rate=0.0)).abs().max()) > 1e-3
+
+
+def test_a_frozen_student_cannot_be_trained(make):
+    with pytest.raises(InvalidArgumentError, match="frozen") as caught:
+        ReDiFPPO("StudentPolicy", make("schedule"))
+    assert caught.value.argument == "env"
