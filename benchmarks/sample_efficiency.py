@@ -33,7 +33,8 @@ from redif_env.denoiser import Denoiser
 from redif_env.errors import require
 
 LEVELS = (50, 20, 10)
-# What differs from the preset of the name's first part.
+BACKPROP = "backprop"
+# What differs from the preset of the name's first part, or from `backpropagate`'s defaults.
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "default-global": {"credit": "global"},
@@ -47,8 +48,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "ema_decay": 0.95,
         "decay": True,
     },
+    BACKPROP: {"max_grad_norm": 0.1},
 }
-BACKPROP = "backprop"
 _DECAYED = {"decay": True, "ema_decay": 0.95}
 # Eight trials each. What is fixed for DDPO is what makes it DDPO: global credit, the mean
 # log-ratio, no groups.
@@ -113,7 +114,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 class Args:
     """Measure sample efficiency."""
 
-    recipes: tuple[str, ...] = (*VARIANTS, BACKPROP)
+    recipes: tuple[str, ...] = tuple(VARIANTS)
     """Recipes to run."""
     num_steps: tuple[int, ...] = (4, 2, 1)
     """Numbers of steps."""

@@ -240,9 +240,9 @@ def test_our_ppo_takes_every_variant_as_stock_ppo_does(make, variant, observatio
     # not Adam, whose first steps blow up float32's rounding where a gradient is nearly zero
     options["policy_kwargs"] = {"optimizer_class": torch.optim.SGD, "optimizer_kwargs": {}}
 
-    def trained(kind, iterations=1, **more):
+    def trained(kind, **more):
         model = kind(f"{policy}Policy", make(variant, observation), **options, **more)
-        model.learn(16 * iterations)
+        model.learn(16)
         return torch.cat([p.detach().flatten() for p in model.policy.parameters()])
 
     stock = trained(PPO, learning_rate=0.1)
