@@ -74,7 +74,7 @@ def distill(
     *,
     schedule: str | Sequence[float] = SEARCH,
     reward: str | Reward = "mse",
-    iterations: int = 250,
+    iterations: int = 150,
     num_envs: int = 512,
     preset: str = "default",
     group_size: int | None = None,

@@ -83,9 +83,9 @@ def effective_sample_size(log_ratio: Tensor) -> Tensor:
     Args:
         log_ratio: `(B, E)`.
     """
-    log_weights = log_ratio.detach().double()
+    log_weights = log_ratio.detach()
     sizes = 2 * log_weights.logsumexp(0) - (2 * log_weights).logsumexp(0)
-    return (sizes.exp() / len(log_ratio)).mean().float()
+    return (sizes.exp() / len(log_ratio)).mean()
 
 
 def approximate_kl(log_ratio: Tensor) -> Tensor:
