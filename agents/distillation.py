@@ -82,8 +82,10 @@ def distill(
     learning_rate: float | None = None,
     stochastic_steps: str | None = None,
     antithetic: bool | None = None,
+    n_epochs: int | None = None,
     eta: float | None = None,
     min_std: float | None = None,
+    gap_fraction: float | None = None,
     ema_decay: float | None = None,
     lora_rank: int | None = None,
     lora_targets: Sequence[str] | None = None,
@@ -110,8 +112,11 @@ def distill(
         batch_size: Transitions of a minibatch.
         learning_rate: Initial learning rate; with adapters, ten times the preset's by default.
         stochastic_steps, antithetic: Where and how to explore, see `ReDiFPPO`.
+        n_epochs: Passes over a rollout.
         eta: Noise factor of the kernel while exploring.
         min_std: Smallest exploration std, in latent units.
+        gap_fraction: Exploration std as a share of the distance to the teacher, see `ReDiFPPO`; 0
+            explores with `min_std`.
         ema_decay: Of the student's moving average, an iteration.
         lora_rank, lora_targets: Train adapters of this rank on these layers, in place of all
             weights, see `lora.add_adapters`; the student and its folder are ordinary all the same.
@@ -149,8 +154,10 @@ def distill(
         learning_rate=learning_rate,
         stochastic_steps=stochastic_steps,
         antithetic=antithetic,
+        n_epochs=n_epochs,
         eta=eta,
         min_std=min_std,
+        gap_fraction=gap_fraction,
         ema_decay=ema_decay,
         credit=None if reward.has_map else "global",
         seed=seed,

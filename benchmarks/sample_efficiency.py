@@ -99,6 +99,9 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no groups: batch mean": {"advantage": "batch", "antithetic": False, "stochastic_steps": "one"},
     "no groups: task mean": {"advantage": "task", "antithetic": False, "stochastic_steps": "one"},
     "no groups: critic": {"advantage": "gae", "antithetic": False, "stochastic_steps": "one"},
+    # The gap is 0.12 at the start.
+    "gap believed 100 times too large at first": {"first_gap": 12.0},
+    "gap believed 100 times too small at first": {"first_gap": 0.0012},
     "fixed std 0.02": {"gap_fraction": None, "min_std": 0.02},
     "fixed std 0.2": {"gap_fraction": None, "min_std": 0.2},
     "learned std": {"gap_fraction": None, "min_std": 0.05, "antithetic": False, "learn_std": True},
@@ -205,7 +208,7 @@ def run_agent(name: str, changes: dict[str, Any], task: Task, seed: int, args: A
     rate = options["learning_rate"]
     options["learning_rate"] = LinearSchedule(rate, 0.0 if options.pop("decay") else rate, 1.0)
     policy = {**recipe["policy"], "learn_std": options.pop("learn_std", False)}
-    grouped = options["advantage"] == "group"
+    grouped, first_gap = options["advantage"] == "group", options.pop("first_gap", 0.0)
     env = ReDiFVectorEnv(
         args.num_envs,
         task.teacher,
@@ -216,6 +219,7 @@ def run_agent(name: str, changes: dict[str, Any], task: Task, seed: int, args: A
     )
     model = ReDiFPPO("StudentPolicy", env, policy_kwargs=policy, **options)
     model.set_logger(configure(None, []))
+    model.gap = first_gap
     curve = Curve(task)
     model.learn(
         args.iterations * args.num_envs * (len(task.grid) - 1), callback=Judge(curve, args.every)

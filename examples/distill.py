@@ -26,22 +26,26 @@ class Args:
     """search (best grid of plain DDIM), uniform, karras, or times such as 850,533,289,120."""
     reward: str = "mse"
     """mse, psnr, ssim, cosine, or a sum such as "mse + 0.5*ssim"."""
-    iterations: int = 250
+    iterations: int = 150
     """Rollouts, each followed by an update."""
     num_envs: int = 512
     """Trajectories of a rollout."""
     preset: str = "default"
-    """Recipe: default, ddpo, grpo or redif-paper; the next five default to its values."""
+    """Recipe: default, ddpo, grpo or redif-paper; the next seven default to its values."""
     group_size: int | None = None
     """Trajectories that share noise and class."""
     batch_size: int | None = None
     """Transitions of a minibatch."""
     learning_rate: float | None = None
     """Initial learning rate."""
+    n_epochs: int | None = None
+    """Passes over a rollout."""
     eta: float | None = None
     """Noise factor while exploring."""
     min_std: float | None = None
     """Smallest exploration std, in latent units."""
+    gap_fraction: float | None = None
+    """Exploration std as a share of the distance to the teacher; 0 explores with min_std."""
     lora_rank: int | None = None
     """Train adapters of this rank in place of all weights; needs pip install redif[lora]."""
     lora_targets: tuple[str, ...] | None = None
