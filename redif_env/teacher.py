@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .denoiser import Denoiser
-from .errors import CacheError, check_choice, check_integer
+from .errors import CacheError, InvalidArgumentError, check_choice, check_integer
 
 # Independent streams of noise: each split adds its own constant to the seed's hash.
 SPLITS = ("train", "validation", "test")
@@ -37,6 +37,10 @@ class Teacher:
 
     Attributes:
         source: Folder or name that the teacher was loaded from, for records; may be None.
+
+    Raises:
+        InvalidArgumentError: for a solver that draws random numbers: its answers are no function of
+            the noise, so that nothing could learn them.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class Teacher:
         self.make_solver = make_solver
         self.num_steps = check_integer("num_steps", num_steps, 1)
         self.source = source
+        _check_deterministic(make_solver, self.num_steps)
 
     @property
     def device(self) -> torch.device:
@@ -69,15 +74,11 @@ class Teacher:
             x_T: Initial noise, of std `schedule.initial_std`.
             condition: Classes, int64 `(N,)`, or None.
         """
-        solver = self.make_solver()
-        solver.set_timesteps(self.num_steps, device=x_T.device)
-        x_t = x_T
-        for t in solver.timesteps:
-            model_input = solver.scale_model_input(x_t, t)
-            times = t.float().expand(len(x_t))
-            prediction = self.denoiser.predict(model_input, times, condition)
-            x_t = solver.step(prediction, t, x_t).prev_sample
-        return x_t
+
+        def predict(model_input: Tensor, t: Tensor) -> Tensor:
+            return self.denoiser.predict(model_input, t.float().expand(len(x_T)), condition)
+
+        return _solve(self.make_solver(), self.num_steps, predict, x_T)
 
     def fingerprint(self) -> str:
         """Hex digest of all that the answers depend on: weights, guidance, solver, steps."""
@@ -100,6 +101,34 @@ class Teacher:
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
         _update(digest, self.denoiser.network.state_dict())
         return digest.hexdigest()
+
+
+def _solve(
+    solver: Any, num_steps: int, predict: Callable[[Tensor, Tensor], Tensor], x_T: Tensor
+) -> Tensor:
+    """Where a diffusers scheduler gets from `x_T` with the predictions of `predict`."""
+    solver.set_timesteps(num_steps, device=x_T.device)
+    x_t = x_T
+    for t in solver.timesteps:
+        prediction = predict(solver.scale_model_input(x_t, t), t)
+        x_t = solver.step(prediction, t, x_t).prev_sample
+    return x_t
+
+
+def _check_deterministic(make_solver: Callable[[], Any], num_steps: int) -> None:
+    """Solve twice with a prediction of 0, which takes milliseconds, and compare."""
+    x_T = torch.ones(1, 1, 2, 2)
+    with torch.random.fork_rng(devices=[]):
+        first, second = (
+            _solve(make_solver(), num_steps, lambda x_t, t: torch.zeros_like(x_t), x_T)
+            for _ in range(2)
+        )
+    if not torch.equal(first.nan_to_num(), second.nan_to_num()):
+        raise InvalidArgumentError(
+            "make_solver",
+            type(make_solver()).__name__,
+            "it draws random numbers: pass a deterministic one, such as DDIMScheduler.",
+        )
 
 
 def _architecture(network: Any) -> list[Any]:

@@ -10,7 +10,16 @@ import sys
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    UNet2DModel,
+    UniPCMultistepScheduler,
+)
 from safetensors import safe_open
 
 from redif_env import Teacher, TeacherBank, load_teacher
@@ -378,3 +387,26 @@ def test_options_are_checked_before_anything_is_written(fast, tmp_path, option):
     with pytest.raises(InvalidArgumentError, match=next(iter(option))):
         build(fast, tmp_path / "new", **option)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("kind", [DDPMScheduler, EulerAncestralDiscreteScheduler, LCMScheduler])
+def test_a_solver_that_draws_random_numbers_is_refused(teacher, kind):
+    before = torch.get_rng_state()
+    with pytest.raises(InvalidArgumentError, match=kind.__name__) as caught:
+        Teacher(teacher.denoiser, kind, num_steps=3)
+    assert caught.value.argument == "make_solver"
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler, HeunDiscreteScheduler],
+)
+def test_a_deterministic_solver_is_taken(teacher, kind):
+    assert Teacher(teacher.denoiser, kind, num_steps=3).num_steps == 3
+
+
+def test_a_solvers_option_can_make_it_stochastic(teacher):
+    solver = functools.partial(DPMSolverMultistepScheduler, algorithm_type="sde-dpmsolver++")
+    with pytest.raises(InvalidArgumentError, match="random"):
+        Teacher(teacher.denoiser, solver, num_steps=3)
