@@ -500,7 +500,8 @@ class ReDiFPPO(PPO):
             norms = self._clip_gradients()
             self.rows_trained += len(batch.actions)
             statistics.update(norms)
-            if self._is_finite(loss, norms["grad_norm"]):
+            actor_norm = next(iter(norms.values()))
+            if self._is_finite(loss, actor_norm):
                 self.policy.optimizer.step()
                 self.updates += 1
                 if isinstance(self.policy, StudentPolicy):
