@@ -12,7 +12,7 @@ from torch import Tensor
 from redif_env.rewards import fit_map
 from redif_env.transition import Gaussian
 
-from .advantages import TaskMeans, batch_relative, gae, group_relative, standardised
+from .advantages import TaskMeans, batch_relative, gae, group_relative
 
 
 class RolloutBatch(NamedTuple):
@@ -56,8 +56,8 @@ class TorchRolloutBuffer(RolloutBuffer):
         stochastic_steps: How many neighbouring steps of each episode explored, from the one that
             `add_explored_step` names on, cyclically; None: all. Only those are trained on.
         num_tasks: Tasks of the bank, for `"task"`.
-        normalize_advantage: Whether advantages from a value map have one global std; those of the
-            other kinds always have, and those of scalar values are for the caller to normalise.
+        normalize_advantage: Whether advantages from a value map are whitened, over the rollout;
+            those of the other kinds always are, those of scalar values are for the caller to.
         seed: Of the minibatch order. An own generator, so that the order does not shift the noise
             of the policy.
     """
@@ -88,8 +88,7 @@ class TorchRolloutBuffer(RolloutBuffer):
         self.episode_length = episode_length
         self.stochastic_steps = stochastic_steps
         self.normalize_advantage = normalize_advantage
-        # of rows, and of maps
-        self.task_means = TaskMeans(num_tasks), TaskMeans(num_tasks)
+        self.forget_tasks(num_tasks)
         self._store: dict[str, Tensor] = {}
         super().__init__(*args, **kwargs)
         self._order = torch.Generator(self.device).manual_seed(seed)
@@ -99,6 +98,11 @@ class TorchRolloutBuffer(RolloutBuffer):
         self.pos = 0
         self.full = False
         self.generator_ready = False
+
+    def forget_tasks(self, num_tasks: int) -> None:
+        """Begin anew with the means of tasks, of which there are `num_tasks`."""
+        # of rows, and of maps
+        self.task_means = TaskMeans(num_tasks), TaskMeans(num_tasks)
 
     @property
     def has_value_map(self) -> bool:
@@ -181,7 +185,7 @@ class TorchRolloutBuffer(RolloutBuffer):
         self.advantage_scale = advantages.std()
         self._store["returns"] = advantages + values
         if self.has_value_map:
-            advantages = self._mixed(advantages - advantages.mean(), advantages.mean(2))
+            advantages = self._mixed(advantages, advantages.mean(2))
         self._store["advantages"] = advantages
 
     def _reward_maps(self) -> Tensor:
@@ -192,14 +196,10 @@ class TorchRolloutBuffer(RolloutBuffer):
         return maps
 
     def _mixed(self, local: Tensor, whole: Tensor) -> Tensor:
-        """Local credit `(T, N, D)` and global credit `(T, N)` by weight, each of one std."""
-        if not self.normalize_advantage:
-            return self.local_weight * local + (1 - self.local_weight) * whole.unsqueeze(2)
-        mixed = self.local_weight * standardised(local)
-        if self.local_weight < 1:
-            whole = standardised(whole - whole.mean())
-            mixed = mixed + (1 - self.local_weight) * whole.unsqueeze(2)
-        return mixed
+        """Local credit `(T, N, D)` and global credit `(T, N)` by weight, each whitened."""
+        if self.normalize_advantage:
+            local, whole = batch_relative(local), batch_relative(whole)
+        return self.local_weight * local + (1 - self.local_weight) * whole.unsqueeze(2)
 
     def _episode_advantages(self, returns: Tensor) -> Tensor:
         """Advantages of whole episodes, `(E, N)`, or `(E, N, D)` with local credit."""

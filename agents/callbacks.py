@@ -11,7 +11,7 @@ from stable_baselines3.common.logger import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from redif_env import rewards, schedules
+from redif_env import mdp, rewards, schedules
 from redif_env.errors import check_integer
 from redif_env.rendering import to_rgb
 from redif_env.teacher import TeacherBank
@@ -48,7 +48,9 @@ class IterationCallback(BaseCallback):
 class HeldOutEvaluation(IterationCallback):
     """Judge the averaged student at eta = 0 on tasks that training never sees.
 
-    Logs `eval/paired_mse`, the error an element to the teacher's answers, and `eval/reward`.
+    Logs `eval/paired_mse`, the error an element to the teacher's answers, and `eval/reward`; and
+    `eval/reward_exploring`, the reward of the trained student on the same tasks when every step
+    explores as it does now. Its noise does not shift that of training.
 
     Args:
         bank: Held-out tasks, of the validation split.
@@ -57,7 +59,7 @@ class HeldOutEvaluation(IterationCallback):
             student); 0 for none.
 
     Attributes:
-        history: One `{"iteration", "paired_mse", "reward"}` an evaluation.
+        history: One `{"iteration", "paired_mse", "reward", "reward_exploring"}` an evaluation.
     """
 
     def __init__(self, bank: TeacherBank, every: int = 10, num_images: int = 10) -> None:
@@ -71,15 +73,39 @@ class HeldOutEvaluation(IterationCallback):
         policy: Any = self.model.policy
         bank = self.bank
         x_0 = schedules.sample(policy.ema_denoiser, bank.x_T, bank.condition, policy.timesteps)
-        error = float((x_0 - bank.teacher_x_0).square().mean())
-        reward = self.training_env.get_attr("process", [0])[0].reward
-        values, _ = rewards.evaluate(reward, x_0, bank.teacher_x_0, bank.condition)
-        record = {"iteration": self.iteration, "paired_mse": error, "reward": float(values.mean())}
-        self.history.append(record)
-        self.logger.record("eval/paired_mse", record["paired_mse"])
-        self.logger.record("eval/reward", record["reward"])
+        record = {
+            "paired_mse": float((x_0 - bank.teacher_x_0).square().mean()),
+            "reward": self._reward(x_0),
+            "reward_exploring": self._reward(self._explore()),
+        }
+        self.history.append({"iteration": self.iteration, **record})
+        for name, value in record.items():
+            self.logger.record(f"eval/{name}", value)
         if self.num_images and x_0.ndim == 4:
             self._log_images(x_0)
+
+    def _reward(self, x_0: Tensor) -> float:
+        bank, reward = self.bank, self._process.reward
+        values, _ = rewards.evaluate(reward, x_0, bank.teacher_x_0, bank.condition)
+        return float(values.mean())
+
+    @property
+    def _process(self) -> mdp.Process:
+        return self.training_env.get_attr("process", [0])[0]
+
+    def _explore(self) -> Tensor:
+        """Samples of the trained student with noise in every step, `(P, *latent_shape)`."""
+        policy: Any = self.model.policy
+        before, device = policy.denoiser.network_evaluations, self.bank.x_T.device
+        space: Any = self.training_env.action_space
+        low, high = (torch.as_tensor(bound, device=device) for bound in (space.low, space.high))
+        state = mdp.initial(self._process, self.bank, torch.arange(len(self.bank), device=device))
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            for _ in range(self._process.max_steps):
+                actions = policy.explore(mdp.observation(self._process, state)).actions
+                state = mdp.transition(self._process, state, actions.clamp(low, high))
+        policy.denoiser.network_evaluations = before  # judging is no cost of training
+        return state.x_t
 
     def _on_training_end(self) -> None:
         self.on_iteration()

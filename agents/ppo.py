@@ -240,6 +240,7 @@ class ReDiFPPO(PPO):
         self.updates_skipped = 0
         self._skipped_in_a_row = 0
         self._explored_step: Tensor
+        self._start: list[Tensor] = []
         if n_steps is not None:
             n_steps = check_integer("n_steps", n_steps, 1)
         batch_size = check_integer("batch_size", batch_size, 2)
@@ -305,7 +306,6 @@ class ReDiFPPO(PPO):
             self._configure()
         super()._setup_model()
         self._load_teacher_weights()
-        self._start = diagnostics.copies(self._actor_parameters())
 
     def set_env(self, env: Any, force_reset: bool = True) -> None:
         """As in Stable-Baselines3; the environment must have the student's schedule."""
@@ -318,6 +318,7 @@ class ReDiFPPO(PPO):
             raise
         if isinstance(self.rollout_buffer, TorchRolloutBuffer) and self.trains_student:
             self.rollout_buffer.group_size = self.rollout_buffer_kwargs["group_size"]
+            self.rollout_buffer.forget_tasks(self.rollout_buffer_kwargs["num_tasks"])
 
     def _configure(self) -> None:
         """Settle what depends on the environment, and refuse what does not go together."""
@@ -460,6 +461,8 @@ class ReDiFPPO(PPO):
     def train(self) -> None:
         """Update the policy with the rollout that was collected."""
         self.policy.set_training_mode(True)
+        if not self._start:  # not at construction: `load` brings the weights after it
+            self._start = diagnostics.copies(self._actor_parameters())
         self._update_learning_rate(self.policy.optimizer)
         clip_range = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
         clip_range_vf = self.clip_range_vf and self.clip_range_vf(self._current_progress_remaining)  # type: ignore[operator]

@@ -8,7 +8,8 @@ import torch
 from gymnasium.spaces import Box
 from stable_baselines3.common.buffers import RolloutBuffer
 
-from agents.advantages import gae, group_relative
+from agents import advantages
+from agents.advantages import TaskMeans, gae, group_relative, standardised
 
 STEPS, ROWS = 12, 5
 
@@ -154,3 +155,134 @@ def test_maps_are_centred_element_by_element():
     # negative control: one mean for the whole map is something else
     whole = maps - maps.mean((1, 2), keepdim=True)
     assert (advantages - whole / whole.std()).abs().max() > 0.1
+
+
+DIM = 4
+
+
+def random_maps(seed: int) -> dict[str, torch.Tensor]:
+    """A rollout of maps `(T, N, D)`: a rollout an element, of one set of episodes."""
+    layers = [random_rollout(seed + 100 * element) for element in range(DIM)]
+    shared = {name: layers[0][name] for name in ("episode_starts", "last_dones")}
+    names = ("rewards", "values", "last_values")
+    return {**shared, **{name: torch.stack([it[name] for it in layers], -1) for name in names}}
+
+
+def element_of(rollout, element: int) -> dict[str, torch.Tensor]:
+    alone = {name: rollout[name][..., element] for name in ("rewards", "values", "last_values")}
+    return {**rollout, **alone}
+
+
+@pytest.mark.parametrize(("gamma", "gae_lambda"), [(1.0, 1.0), (0.99, 0.95), (0.9, 0.0)])
+def test_gae_of_maps_is_that_of_each_element(gamma, gae_lambda):
+    rollout = random_maps(3)
+    maps = gae(**rollout, gamma=gamma, gae_lambda=gae_lambda)
+    assert maps.shape == (STEPS, ROWS, DIM)
+    for element in range(DIM):
+        alone = element_of(rollout, element)
+        assert torch.equal(maps[..., element], gae(**alone, gamma=gamma, gae_lambda=gae_lambda))
+        # float32 against float32, twelve additions of numbers near 1
+        torch.testing.assert_close(
+            maps[..., element], stable_baselines_gae(alone, gamma, gae_lambda)
+        )
+    # negative control: elements differ, so that a mixed-up one would be noticed
+    assert (maps[..., 0] - maps[..., 1]).abs().max() > 0.1
+
+
+def test_gae_of_maps_of_one_element_is_that_of_rows():
+    """Of as many rows as steps, where a wrong broadcast would go unnoticed by its shape."""
+    rollout = {name: part[:ROWS] for name, part in random_rollout(5).items()}
+    maps = {name: rollout[name][..., None] for name in ("rewards", "values", "last_values")}
+    scalar = gae(**rollout, gamma=0.99, gae_lambda=0.95)
+    as_maps = gae(**{**rollout, **maps}, gamma=0.99, gae_lambda=0.95)
+    assert torch.equal(as_maps[..., 0], scalar)
+
+
+FIRST, SECOND, THIRD = [1.0, 2.0, 6.0], [4.0, 0.0, 7.0], [3.0, 5.0, 9.0]
+
+
+def relative(means: TaskMeans, returns: list[float], tasks: list[int]) -> torch.Tensor:
+    return means.relative(torch.tensor([returns]), torch.tensor([tasks]))[0]
+
+
+def centred(values: list[float], baseline: list[float]) -> torch.Tensor:
+    difference = torch.tensor(values) - torch.tensor(baseline)
+    return difference / difference.std()
+
+
+def test_task_means_by_hand_over_three_visits():
+    means = TaskMeans(10)
+    # nothing is known: all get the mean of the rollout
+    torch.testing.assert_close(relative(means, FIRST, [7, 1, 4]), centred(FIRST, [3.0, 3.0, 3.0]))
+    # task 1 is now worth 2, task 7 is worth 1; task 2 is new and gets the mean of (4, 0, 7)
+    torch.testing.assert_close(
+        relative(means, SECOND, [1, 7, 2]), centred(SECOND, [2.0, 1.0, 11 / 3])
+    )
+    # two visits each: task 1 has (2 + 4) / 2, task 7 has (1 + 0) / 2; task 2 has 7
+    torch.testing.assert_close(relative(means, THIRD, [7, 2, 1]), centred(THIRD, [0.5, 7.0, 3.0]))
+
+
+def test_task_means_by_hand_with_a_task_twice_in_a_rollout():
+    means = TaskMeans(3)
+    relative(means, [1.0, 3.0, 8.0], [0, 0, 2])  # task 0 is worth 2 after two visits at once
+    wanted = centred([5.0, 0.0, 4.0], [2.0, 8.0, 2.0])
+    torch.testing.assert_close(relative(means, [5.0, 0.0, 4.0], [0, 2, 0]), wanted)
+    # four visits of 1, 3, 5, 4, two of 8, 0
+    wanted = centred([0.0, 1.0, 5.0], [13 / 4, 4.0, 13 / 4])
+    torch.testing.assert_close(relative(means, [0.0, 1.0, 5.0], [0, 2, 0]), wanted)
+
+
+@pytest.mark.parametrize(("horizon", "left"), [(1, 0.5), (4, 0.8)])
+def test_a_mean_forgets_what_lies_beyond_its_horizon(horizon, left):
+    """Once full, a mean keeps the share horizon / (horizon + 1) at each visit."""
+    means = TaskMeans(2, horizon)
+    for _ in range(horizon + 3):
+        relative(means, [10.0, 0.0], [0, 1])
+    relative(means, [0.0, 0.0], [0, 1])
+    wanted = centred([1.0, 2.0], [10 * left, 0.0])
+    torch.testing.assert_close(relative(means, [1.0, 2.0], [0, 1]), wanted)
+    # negative control: the plain mean of all visits remembers more
+    plain = 10 * (horizon + 3) / (horizon + 4)
+    assert (wanted - centred([1.0, 2.0], [plain, 0.0])).abs().max() > 1e-3
+
+
+def test_task_means_of_maps_are_those_of_each_element():
+    generator = torch.Generator().manual_seed(2)
+    maps, rows = TaskMeans(6), [TaskMeans(6) for _ in range(DIM)]
+    for _ in range(3):
+        returns = torch.randn(2, ROWS, DIM, generator=generator)
+        tasks = torch.randint(6, (2, ROWS), generator=generator)
+        together = maps.relative(returns, tasks)
+        assert together.shape == returns.shape
+        for element, alone in enumerate(rows):
+            expected = alone.relative(returns[..., element], tasks)
+            # the scale is the whole map's
+            torch.testing.assert_close(standardised(together[..., element]), expected)
+    assert float(together.std()) == pytest.approx(1, rel=1e-5)
+
+
+class RemembersFirst(TaskMeans):
+    """Negative control: the baseline holds the very return that it is subtracted from."""
+
+    def relative(self, returns, tasks):
+        if self._means is not None:
+            self._remember(returns.flatten(0, 1), tasks.flatten())
+        return super().relative(returns, tasks)
+
+
+@pytest.mark.parametrize(("kind", "unbiased"), [(TaskMeans, True), (RemembersFirst, False)])
+def test_the_baseline_is_known_before_the_return(monkeypatch, kind, unbiased):
+    """Else part of every advantage is its own mirror image, and the gradient is too short.
+
+    Of pure noise, the advantage's slope by the return is 1, or half of it where the second visit's
+    return is in the mean of two.
+    """
+    monkeypatch.setattr(advantages, "standardised", lambda values: values)
+    generator = torch.Generator().manual_seed(4)
+    num = 4000
+    means, tasks = kind(num), torch.randperm(num, generator=generator)[None]
+    means.relative(torch.randn(1, num, generator=generator), tasks)
+    returns = torch.randn(1, num, generator=generator)
+    slope = (means.relative(returns, tasks) * returns).mean() / returns.square().mean()
+    # the other return's noise: 1 / sqrt(4000) = 0.016, and 4.5 of that for other random numbers
+    assert float(slope) == pytest.approx(1.0 if unbiased else 0.5, abs=0.072)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from gymnasium import spaces
 
+from agents.advantages import TaskMeans
 from agents.buffers import TorchRolloutBuffer
 from redif_env.transition import Gaussian
 
@@ -186,12 +189,21 @@ def test_a_second_rollout_forgets_the_first():
     assert not torch.allclose(buffer["advantages"], first)
 
 
-def test_only_the_step_that_explored_is_trained_on():
-    buffer = make_buffer(stochastic_steps=1)
-    explored = torch.tensor([[0, 0, 2, 2], [1, 1, 0, 0]])
+EXPLORED = torch.tensor([[0, 0, 2, 2], [1, 1, 0, 0]])  # of the two episodes, by row
+# 100 x step + row, of windows that start there; cyclically, so that 2 is followed by 0
+TRAINED = {
+    1: [[0, 1], [202, 203], [400, 401], [302, 303]],
+    2: [[0, 1, 100, 101], [202, 203, 2, 3], [400, 401, 500, 501], [302, 303, 402, 403]],
+    3: [[100 * step + row for step in range(STEPS) for row in range(ROWS)]],
+}
+
+
+def fill_windows(**changes) -> TorchRolloutBuffer:
+    """Rows explore from the step that `EXPLORED` names on."""
+    buffer = make_buffer(**changes)
     for step in range(STEPS):
         if step % LENGTH == 0:
-            buffer.add_explored_step(explored[step // LENGTH])
+            buffer.add_explored_step(EXPLORED[step // LENGTH])
         buffer.add(
             {"latents": marked(step, *SHAPE), "condition": marks(step).long()},
             marked(step, 4),
@@ -201,9 +213,121 @@ def test_only_the_step_that_explored_is_trained_on():
             gaussian=Gaussian(marked(step, *SHAPE), marked(step, 1, 1, 1)),
         )
     buffer.compute_returns_and_advantage(torch.zeros(ROWS), torch.ones(ROWS, dtype=torch.bool))
-    trained = torch.cat([batch.actions[:, 0] for batch in buffer.get(3)]).tolist()
-    # 100 x step + row: steps 0 and 2 of the first episode, 3 + 1 and 3 + 0 of the second
-    assert sorted(trained) == [0, 1, 202, 203, 302, 303, 400, 401]
-    for batch in buffer.get(3):
+    return buffer
+
+
+@pytest.mark.parametrize("window", TRAINED)
+@pytest.mark.parametrize("advantage", ["group", "gae"])
+def test_only_the_steps_that_explored_are_trained_on(window, advantage):
+    buffer = fill_windows(stochastic_steps=window, advantage=advantage)
+    for batch_size in (3, None):
+        trained = torch.cat([batch.actions[:, 0] for batch in buffer.get(batch_size)]).tolist()
+        assert sorted(trained) == sorted(itertools.chain(*TRAINED[window]))
+
+
+@pytest.mark.parametrize("window", TRAINED)
+def test_what_explored_keeps_its_advantage_and_step(window):
+    for batch in fill_windows(stochastic_steps=window).get(3):
+        step = (batch.actions[:, 0] // 100).long()
+        assert torch.equal(batch.step_index, step % LENGTH)
         row = (batch.actions[:, 0] % 100).long()
         assert torch.equal(batch.advantages.sign(), torch.where(row % 2 == 0, -1.0, 1.0))
+
+
+TASKS = torch.tensor([[3, 3, 0, 0], [0, 0, 2, 2]])  # of the two episodes, by row
+
+
+def fill_tasks(buffer: TorchRolloutBuffer, scale: float) -> TorchRolloutBuffer:
+    buffer.reset()
+    for step in range(STEPS):
+        ended = step % LENGTH == LENGTH - 1
+        maps = scale * reward_map(step // LENGTH)
+        buffer.add(
+            {"latents": marked(step, *SHAPE), "condition": marks(step).long()},
+            marked(step, 4),
+            maps.flatten(1).mean(1) * ended,
+            torch.full((ROWS,), step % LENGTH == 0),
+            torch.zeros(ROWS),
+            gaussian=Gaussian(marked(step, *SHAPE), marked(step, 1, 1, 1)),
+        )
+        if ended:
+            buffer.add_reward_map(maps)
+            buffer.add_tasks(TASKS[step // LENGTH])
+    buffer.compute_returns_and_advantage(torch.zeros(ROWS), torch.ones(ROWS, dtype=torch.bool))
+    return buffer
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_task_baselines_of_maps_and_rows_are_mixed_by_weight(weight):
+    options = {"advantage": "task", "num_tasks": 5}
+    mixed = make_buffer(credit="local", local_weight=weight, **options)
+    local, whole = make_buffer(credit="local", **options), make_buffer(**options)
+    means = TaskMeans(5)
+    for scale in (1.0, 0.5):  # the second rollout has the first one's means as its baseline
+        for buffer in (mixed, local, whole):
+            fill_tasks(buffer, scale)
+        expected = weight * local["advantages"] + (1 - weight) * whole["advantages"].unsqueeze(2)
+        torch.testing.assert_close(mixed["advantages"], expected)
+        maps = scale * torch.stack([reward_map(episode) for episode in range(2)]).flatten(2)
+        torch.testing.assert_close(local["advantages"], means.relative(maps, TASKS))
+    # negative control: without their tasks the returns have another baseline
+    others = make_buffer(credit="local", num_tasks=5, advantage="batch")
+    assert (fill_tasks(others, 0.5)["advantages"] - local["advantages"]).abs().max() > 0.1
+
+
+def fill_value_maps(**changes) -> TorchRolloutBuffer:
+    """Episodes rewarded by maps, with values that differ in each step, row and element."""
+    buffer = make_buffer(advantage="gae", credit="local", **changes)
+    values = torch.randn(STEPS + 1, ROWS, 4, generator=torch.Generator().manual_seed(0))
+    for step in range(STEPS):
+        ended = step % LENGTH == LENGTH - 1
+        maps = reward_map(step // LENGTH) / 1000
+        buffer.add(
+            {"latents": marked(step, *SHAPE), "condition": marks(step).long()},
+            marked(step, 4),
+            maps.flatten(1).mean(1) * ended,
+            torch.full((ROWS,), step % LENGTH == 0),
+            values[step],
+            gaussian=Gaussian(marked(step, *SHAPE), marked(step, 1, 1, 1)),
+        )
+        if ended:
+            buffer.add_reward_map(maps)
+    buffer.compute_returns_and_advantage(values[-1], torch.ones(ROWS, dtype=torch.bool))
+    return buffer
+
+
+def raw_value_map_advantages(buffer: TorchRolloutBuffer) -> torch.Tensor:
+    """Element-wise GAE, `(T, N, D)`, written out from the end of each episode."""
+    values, result = buffer["values"], torch.empty(STEPS, ROWS, 4)
+    for step in reversed(range(STEPS)):
+        if step % LENGTH == LENGTH - 1:
+            final = reward_map(step // LENGTH).flatten(1) / 1000
+            result[step] = final - values[step]
+        else:
+            delta = 0.99 * values[step + 1] - values[step]
+            result[step] = delta + 0.99 * 0.9 * result[step + 1]
+    return result
+
+
+def whitened(values: torch.Tensor) -> torch.Tensor:
+    return (values - values.mean()) / values.std()
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_value_map_gives_each_element_its_own_advantage(weight, normalize):
+    buffer = fill_value_maps(local_weight=weight, normalize_advantage=normalize)
+    local = raw_value_map_advantages(buffer)
+    whole = local.mean(2)
+    assert float(buffer.advantage_scale) == pytest.approx(float(local.std()), rel=1e-5)
+    torch.testing.assert_close(buffer["returns"], local + buffer["values"])
+    if normalize:
+        local, whole = whitened(local), whitened(whole)
+    expected = weight * local + (1 - weight) * whole.unsqueeze(2)
+    # float32 of numbers near 1, through six steps
+    torch.testing.assert_close(buffer["advantages"], expected, rtol=1e-4, atol=1e-5)
+    for batch in buffer.get(5):
+        step, row = (batch.actions[:, 0] // 100).long(), (batch.actions[:, 0] % 100).long()
+        assert torch.equal(batch.advantages, buffer["advantages"][step, row])
+        assert torch.equal(batch.old_values, buffer["values"][step, row])
+        assert torch.equal(batch.returns, buffer["returns"][step, row])

@@ -64,10 +64,84 @@ def test_held_out_evaluation_is_the_averaged_students_ddim(make_env, make_model,
     assert last["reward"] == pytest.approx(expected, rel=1e-4)
 
 
+class Draws(IterationCallback):
+    """Draws a number, as an evaluation would that did not put the generator back."""
+
+    def on_iteration(self) -> None:
+        torch.randn(1)
+
+
 def test_held_out_evaluation_does_not_disturb_training(make_model, held_out):
-    plain = make_model().learn(2 * ITERATION)
-    watched = make_model().learn(2 * ITERATION, callback=HeldOutEvaluation(held_out, every=1))
-    assert torch.equal(weights(plain), weights(watched))
+    """However often: neither the noise of training nor what it has cost."""
+
+    def trained(callback=None):
+        model = make_model().learn(3 * ITERATION, callback=callback)
+        return weights(model), model.policy.denoiser.network_evaluations
+
+    plain, evaluations = trained()
+    for every in (1, 2):
+        watched = trained(HeldOutEvaluation(held_out, every=every))
+        assert torch.equal(watched[0], plain)
+        assert watched[1] == evaluations
+    # negative control: one number more, and all that follows is other noise
+    assert not torch.equal(trained(Draws())[0], plain)
+
+
+class ByTheEnvironment(IterationCallback):
+    """The mean reward of the trained student's exploration in an environment of held-out tasks.
+
+    Called after `HeldOutEvaluation`, which leaves the generator as it was: the noise is the same.
+    """
+
+    def __init__(self, env) -> None:
+        super().__init__()
+        self.env = env
+        self.rewards = []
+
+    @torch.no_grad()
+    def on_iteration(self) -> None:
+        policy = self.model.policy
+        bound = self.env.action_bound
+        with torch.random.fork_rng():
+            obs, _ = self.env.reset(options={"tasks": list(range(self.env.num_envs))})
+            for _ in range(self.env.max_steps):
+                obs, reward, *_ = self.env.step(policy.explore(obs).actions.clamp(-bound, bound))
+        self.rewards.append(reward.mean().item())
+
+
+@pytest.mark.parametrize("bound", [0.5, 10.0])
+def test_the_reward_while_exploring_is_that_of_the_environment(
+    make_env, make_model, held_out, bound
+):
+    """With the settings of the moment, and with the actions that its Box admits."""
+    options = {"reward": "mse + 0.5*cosine", "action_bound": bound}
+    model = make_model(
+        make_env(**options),
+        credit="global",
+        learning_rate=1e-3,
+        eta=lambda left: 0.5 * left,
+        gap_fraction=0.5,
+        ema_decay=0.9,
+    )
+    watch = HeldOutEvaluation(held_out, every=1)
+    oracle = ByTheEnvironment(make_env(64, bank=held_out, group_size=1, **options))
+    model.learn(3 * ITERATION, callback=[watch, oracle])
+    exploring = [record["reward_exploring"] for record in watch.history]
+    assert exploring == pytest.approx(oracle.rewards, rel=1e-4)
+    assert len(exploring) == 4
+
+
+def test_exploration_costs_reward_and_without_noise_it_does_not(make_model, held_out):
+    def rewards(**options) -> dict[str, float]:
+        callback = HeldOutEvaluation(held_out, every=1)
+        make_model(ema_decay=0.0, **options).learn(ITERATION, callback=callback)
+        return callback.history[-1]
+
+    wide = rewards(eta=0.5, min_std=0.2)
+    assert wide["reward_exploring"] < 1.5 * wide["reward"] < 0
+    # a decay of 0: the averaged student is the trained one
+    narrow = rewards(eta=0.0, min_std=1e-3)
+    assert narrow["reward_exploring"] == pytest.approx(narrow["reward"], rel=1e-2)
 
 
 def test_figures_and_pictures_reach_tensorboard(make_model, held_out, tmp_path):
@@ -78,7 +152,9 @@ def test_figures_and_pictures_reach_tensorboard(make_model, held_out, tmp_path):
     events.Reload()
     curve = [event.value for event in events.Scalars("eval/paired_mse")]
     assert curve == pytest.approx([record["paired_mse"] for record in callback.history])
-    assert len(events.Scalars("eval/reward")) == len(callback.history)
+    for name in ("reward", "reward_exploring"):
+        curve = [event.value for event in events.Scalars(f"eval/{name}")]
+        assert curve == pytest.approx([record[name] for record in callback.history])
     picture = events.Images("eval/samples")[0]
     assert (picture.width, picture.height) == (3 * 8, 2 * 8)  # teacher above student
 

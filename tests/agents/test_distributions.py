@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch.distributions import Normal
 
-from agents.distributions import KernelDistribution
+from agents.distributions import KernelDistribution, StepScale
 from redif_env.noise import VPSchedule
 
 ROWS, SHAPE = 5, (2, 3, 3)
@@ -129,3 +129,60 @@ def test_antithetic_samples_are_mirrored_in_pairs(schedule):
     many = [(distribution.sample_antithetic() - mean) / std for _ in range(400)]
     # four standard errors of a std over 400 x 18 samples a row
     assert (torch.stack(many).std((0, 2)) - 1).abs().max() < 4 / (2 * 400 * 18) ** 0.5
+
+
+def test_a_learned_scale_widens_the_std_and_nothing_else(schedule):
+    at, factors = staggered(), torch.tensor([0.25, 0.5, 1.0, 2.0, 4.0])
+    plain = made(schedule, at=at)
+    scaled = KernelDistribution(schedule, 0.5, 0.02, "ode").proba_distribution(*at, factors)
+    assert torch.equal(scaled.gaussian.mean, plain.gaussian.mean)
+    assert torch.equal(scaled.mode(), plain.mode())  # what is deployed has no noise
+    wanted = plain.gaussian.std.flatten() * factors  # of the floor too, in the last row
+    assert torch.equal(scaled.gaussian.std.flatten(), wanted)
+    normal = Normal(plain.gaussian.mean, wanted.reshape(-1, 1, 1, 1))
+    actions = scaled.sample()
+    expected = normal.log_prob(actions.reshape(ROWS, *SHAPE)).flatten(1).sum(1)
+    torch.testing.assert_close(scaled.log_prob(actions), expected, rtol=1e-5, atol=0)
+    # each element's entropy grows by the log of the factor
+    growth = (scaled.entropy() - plain.entropy()) / 18
+    torch.testing.assert_close(growth, factors.log(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("std_range", [1.5, 4.0, 100.0])
+def test_the_factor_of_the_std_stays_in_its_range(std_range):
+    weights = [-1e9, -50.0, -3.0, -0.1, 0.0, 0.1, 3.0, 50.0, 1e9]
+    scale = StepScale(len(weights), std_range)
+    scale.weight.data = torch.tensor(weights)
+    factors = scale(torch.arange(len(weights))).tolist()
+    # float32's exp of a logarithm
+    assert factors[0] == pytest.approx(1 / std_range, rel=1e-6)
+    assert factors[-1] == pytest.approx(std_range, rel=1e-6)
+    assert factors == sorted(factors)
+    assert factors[4] == 1.0
+    for low, high in zip(factors, factors[::-1], strict=True):
+        assert low * high == pytest.approx(1, rel=1e-6)
+
+
+def test_the_factor_of_the_std_can_always_be_moved():
+    """A clamp would have no gradient beyond its range, and stay there for good."""
+    weights = torch.linspace(-5, 5, 21)
+    scale = StepScale(len(weights), 4.0)
+    scale.weight.data = weights.clone()
+    scale(torch.arange(len(weights))).log().sum().backward()
+    wanted = torch.tensor(4.0).log() / weights.cosh().square()
+    torch.testing.assert_close(scale.weight.grad, wanted, rtol=1e-3, atol=0)
+    assert scale.weight.grad.min() > 1e-4
+    # negative control: the clamp
+    clamped = weights.clone().requires_grad_()
+    clamped.clamp(-1, 1).sum().backward()
+    assert clamped.grad[0] == 0
+
+
+def test_each_step_has_a_factor_of_its_own():
+    scale = StepScale(3, 4.0)
+    scale.weight.data = torch.tensor([-1.0, 0.0, 1.0])
+    factors = scale(torch.tensor([2, 0, 0, 1]))
+    wanted = 4.0 ** torch.tensor([1.0, -1.0, -1.0, 0.0]).tanh()
+    torch.testing.assert_close(factors, wanted)
+    factors[1].backward()
+    assert (scale.weight.grad != 0).tolist() == [True, False, False]

@@ -60,6 +60,61 @@ def test_credit_is_mixed_by_weight(teacher, bank, weight):
     torch.testing.assert_close(mixed, weight * local + (1 - weight) * whole.unsqueeze(2))
 
 
+class TaskMeansByHand:
+    """Of one number a task, with a horizon of four visits."""
+
+    def __init__(self):
+        self.means, self.visits = {}, {}
+
+    def relative(self, returns, tasks):
+        mean = returns.mean(0)
+        baseline = torch.stack([self.means.get(task, mean) for task in tasks])
+        for task in set(tasks):
+            new = [value for value, other in zip(returns, tasks, strict=True) if other == task]
+            visits = self.visits.get(task, 0)
+            total = visits * self.means.get(task, 0 * mean) + sum(new)
+            self.means[task] = total / (visits + len(new))
+            self.visits[task] = min(visits + len(new), 4)
+        return (returns - baseline) / (returns - baseline).std()
+
+
+class Rewarded(BaseCallback):
+    """Keeps the last rollout's advantages, and the states in which its episodes ended."""
+
+    def __init__(self):
+        super().__init__()
+        self.rollouts = []
+
+    def _on_rollout_end(self):
+        state = self.training_env.env.last_state
+        self.rollouts.append((state, self.model.rollout_buffer["advantages"][0].clone()))
+
+    def _on_step(self):
+        return True
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_task_baselines_from_the_environment_to_the_advantage(teacher, bank, weight):
+    """Which task a row played is seen from its noise alone."""
+    options = {"advantage": "task", "local_weight": weight, "stochastic_steps": "all"}
+    model = make_model(teacher, bank, env={"group_size": 1}, **options)
+    callback = Rewarded()
+    model.learn(4 * NUM_ENVS * NUM_STEPS, callback=callback)
+    rows, maps = TaskMeansByHand(), TaskMeansByHand()
+    known = 0
+    for state, advantages in callback.rollouts:
+        same = (bank.x_T.flatten(1) == state.x_T.flatten(1)[:, None]).all(2)
+        tasks = same.int().argmax(1).tolist()
+        known += sum(task in rows.means for task in tasks)
+        outcome = -(state.x_t - state.teacher_x_0).square().flatten(1)
+        local = maps.relative(outcome, tasks)
+        whole = rows.relative(outcome.mean(1), tasks)
+        expected = weight * local + (1 - weight) * whole.unsqueeze(1)
+        # float32, of rewards near 0.1 over a std near 0.05
+        torch.testing.assert_close(advantages, expected, rtol=1e-3, atol=1e-4)
+    assert known > NUM_ENVS  # means of earlier visits were used
+
+
 def test_advantages_are_clipped(teacher, bank):
     free = train(make_model(teacher, bank)).rollout_buffer["advantages"]
     clipped = train(make_model(teacher, bank, advantage_clip=0.5)).rollout_buffer["advantages"]

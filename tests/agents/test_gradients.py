@@ -154,6 +154,72 @@ def test_local_credit_is_not_the_mean_of_local_credit():
     assert not close(gradient(model, mean), gradient(model, batch), 0.1)
 
 
+def rows_of(batch, rows):
+    """Some transitions of a minibatch of a student."""
+
+    def take(value):
+        if isinstance(value, dict):
+            return {name: part[rows] for name, part in value.items()}
+        return type(value)(*(part[rows] for part in value)) if value is batch.old else value[rows]
+
+    names = [name for name in batch._fields if name != "old_log_prob"]
+    return batch._replace(**{name: take(getattr(batch, name)) for name in names})
+
+
+WEIGHTS = [0.5, 2.0, 0.0]  # of the steps
+GRADIENT_SIZE = len(GRID) * (DIM * DIM + DIM)
+
+
+@pytest.mark.parametrize("options", [{}, {"credit": "global", "ratio": "sum"}])
+def test_the_weighted_loss_is_that_of_each_step_by_its_weight(options):
+    """Away from ratio 1, where clipping acts: the student moves after the rollout."""
+    model, plain = agent(step_weights=WEIGHTS, **options), agent(**options)
+    batch = rollout(model)
+    for one in (model, plain):
+        for parameter in parameters(one):
+            parameter.data.mul_(1.05)
+
+    def loss_of(one, rows):
+        return float(one._loss(rows, 0.2, None)[0].detach())
+
+    loss, gradients = 0.0, torch.zeros(GRADIENT_SIZE, dtype=torch.float64)
+    for step, weight in enumerate(WEIGHTS):
+        rows = batch.step_index == step
+        part = rows_of(batch, rows)
+        share = weight * float(rows.float().mean())
+        loss += share * loss_of(plain, part)
+        gradients += share * gradient(plain, part)
+    assert loss_of(model, batch) == pytest.approx(loss, rel=1e-4)
+    assert close(gradient(model, batch), gradients)
+    # negative control: without weights it is another loss
+    assert not close(gradient(plain, batch), gradients, 0.1)
+
+
+def test_weighted_steps_have_the_weighted_score_function_as_gradient():
+    model = agent(step_weights=WEIGHTS)
+    batch = rollout(model)
+    hand = ByHand(model, batch)
+    by_mean = -batch.advantages.double() * hand.score() / len(batch.actions)
+    weights = torch.tensor(WEIGHTS, dtype=torch.float64)[hand.step, None]
+    assert close(gradient(model, batch), hand.chain(weights * by_mean))
+    matrix, offset = parameters(model)
+    model._loss(batch, 0.2, None)[0].backward()
+    # the last step's weight is 0: none of its own numbers are trained
+    assert not matrix.grad[2].any()
+    assert not offset.grad[2].any()
+    assert matrix.grad[:2].abs().min() > 0
+
+
+def test_a_step_of_weight_zero_is_not_trained():
+    policy = {"optimizer_class": torch.optim.SGD}
+    model = agent(step_weights=WEIGHTS, policy=policy, learning_rate=0.1, batch_size=8)
+    before = [parameter.detach().clone() for parameter in parameters(model)]
+    rollout(model)
+    for now, then in zip(parameters(model), before, strict=True):
+        assert torch.equal(now[2], then[2])
+        assert (now[:2] != then[:2]).all()
+
+
 def change_means(model, change):
     """Let the agent see other means of its own Gaussians."""
     get_distribution = model.policy.get_distribution

@@ -11,6 +11,7 @@ from torch.distributions import Normal, kl_divergence
 from agents.losses import (
     approximate_kl,
     clip_fraction,
+    effective_sample_size,
     kl_map,
     reduce_log_ratio,
     surrogate,
@@ -122,9 +123,25 @@ def test_kl_map_equals_torch():
     torch.testing.assert_close(doubled, expected / 4)
 
 
+def test_kl_map_of_another_std_equals_torch():
+    generator = torch.Generator().manual_seed(6)
+    old_mean, mean = torch.randn(2, 5, 3, 2, generator=generator, dtype=torch.float64)
+    old_std, std = torch.rand(2, 5, 1, 1, generator=generator, dtype=torch.float64) + 0.1
+    expected = kl_divergence(Normal(old_mean, old_std), Normal(mean, std))
+    torch.testing.assert_close(kl_map(mean, Gaussian(old_mean, old_std), std), expected)
+    # negative control: the divergence the other way round
+    reverse = kl_map(old_mean, Gaussian(mean, std), old_std)
+    assert (reverse - expected).abs().min() > 1e-3
+    # of equal stds it is the formula without one
+    same = Gaussian(old_mean, old_std)
+    torch.testing.assert_close(kl_map(mean, same, old_std.clone()), kl_map(mean, same))
+
+
 def test_kl_has_no_gradient():
-    mean = torch.zeros(2, 3, requires_grad=True)
-    assert not kl_map(mean, Gaussian(torch.ones(2, 3), torch.ones(2, 1))).requires_grad
+    mean, std = torch.zeros(2, 3, requires_grad=True), torch.ones(2, 1, requires_grad=True)
+    old = Gaussian(torch.ones(2, 3), torch.ones(2, 1))
+    assert not kl_map(mean, old).requires_grad
+    assert not kl_map(mean, old, std).requires_grad
 
 
 def test_approximate_kl_estimates_the_closed_form():
@@ -147,3 +164,37 @@ def test_value_loss_by_hand():
     assert value_loss(values, old_values, returns, 10.0) == value_loss(
         values, old_values, returns, None
     )
+
+
+def test_weights_of_rows_by_hand():
+    log_ratio = torch.tensor([[1.1, 0.9], [1.5, 1.0]]).log()
+    advantages = torch.tensor([[1.0, 2.0], [3.0, -1.0]])
+    weights = torch.tensor([2.0, 0.5])
+    expected = -(2 * (1.1 + 1.8) + 0.5 * (1.2 * 3 - 1.0)) / 2
+    weighted = surrogate(log_ratio, advantages, 0.2, weights)
+    assert weighted.item() == pytest.approx(expected, rel=1e-6)
+    plain = surrogate(log_ratio, advantages, 0.2)
+    assert torch.equal(surrogate(log_ratio, advantages, 0.2, torch.ones(2)), plain)
+
+
+def test_the_effective_sample_size_by_hand():
+    assert effective_sample_size(torch.zeros(7, 3)).item() == pytest.approx(1)
+    # weights 1 and 3: 4^2 / (2 x 10)
+    two = torch.tensor([[1.0], [3.0]]).log()
+    assert effective_sample_size(two).item() == pytest.approx(0.8)
+    # one row of five has all the weight, even where its ratio overflows float32
+    alone = torch.zeros(5, 1)
+    alone[2] = 200.0
+    assert effective_sample_size(alone).item() == pytest.approx(1 / 5)
+    # columns by themselves, then averaged
+    both = torch.tensor([[1.0, 1.0], [3.0, 1.0]]).log()
+    assert effective_sample_size(both).item() == pytest.approx((0.8 + 1) / 2)
+
+
+def test_the_effective_sample_size_is_free_of_a_common_factor():
+    log_ratio = torch.randn(50, 4, generator=torch.Generator().manual_seed(7))
+    size = effective_sample_size(log_ratio)
+    torch.testing.assert_close(effective_sample_size(log_ratio + 3), size)
+    # negative control: ratios that differ more leave fewer rows
+    assert effective_sample_size(2 * log_ratio) < 0.7 * size
+    assert 1 / 50 < size < 1

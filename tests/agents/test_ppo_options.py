@@ -90,6 +90,22 @@ def test_other_policies_are_stock_ppo_or_nothing(make_env, name):
         ReDiFPPO("MultiInputPolicy", make_env(), **options)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("gap_fraction", 0.5),
+        ("step_weights", [1.0, 1.0, 1.0]),
+        ("stochastic_steps", 2),
+        ("stochastic_steps", "one"),
+        ("divergence", "kl"),
+    ],
+)
+def test_other_policies_refuse_what_they_would_ignore(make_env, name, value):
+    with pytest.raises(InvalidArgumentError, match="StudentPolicy") as caught:
+        ReDiFPPO("MultiInputPolicy", make_env(), **{**STOCK, "batch_size": 8, name: value})
+    assert caught.value.argument == name
+
+
 def test_a_grid_that_is_not_the_environments_is_refused(make_model):
     """The policy would predict for other times than those of its observations."""
     with pytest.raises(InvalidArgumentError):

@@ -21,7 +21,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from agents import ReDiFPPO, TorchVecEnv
-from redif_env import rewards, schedules
+from agents.advantages import batch_relative
+from redif_env import TeacherBank, rewards, schedules
 from redif_env.errors import InvalidArgumentError
 from redif_env.rewards import MSE
 
@@ -125,6 +126,50 @@ def test_another_group_size_is_adopted_or_refused(make_env, make_model, tmp_path
     except InvalidArgumentError:
         return
     assert model.rollout_buffer.group_size == 2
+
+
+@pytest.mark.parametrize("credit", ["global", "local"])
+def test_the_means_of_tasks_are_those_of_the_new_environment(
+    make_env, make_model, teacher, tmp_path, credit
+):
+    """Task 3 of another bank is another task; and it may have more of them."""
+    model = make_model(advantage="task", credit=credit, **PLAIN_EXPLORATION).learn(2 * ITERATION)
+    others = TeacherBank.build(teacher, 48, seed=1, cache_dir=tmp_path)
+    model.set_env(make_env(bank=others))
+    model.learn(ITERATION)
+    rewards = model.rollout_buffer["rewards"].sum(0, keepdim=True)
+    if credit == "local":
+        rewards = model.rollout_buffer["reward_map"].flatten(2)
+    # no task is known, so the baseline is the rollout's mean
+    expected = batch_relative(rewards) if credit == "global" else rewards - rewards.mean((0, 1))
+    expected = expected / expected.std()
+    # float32 of rewards that differ by less than their size
+    torch.testing.assert_close(model.rollout_buffer["advantages"], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_drift_of_a_loaded_agent_is_that_since_it_was_loaded(make_env, make_model, tmp_path):
+    """The weights that it was constructed with, before the file's, are random."""
+
+    def drift(model) -> float:
+        before = actor_weights(model)
+        model.learn(ITERATION)
+        expected = (actor_weights(model) - before).norm() / before.norm()
+        logged = model.logger.name_to_value["train/parameter_drift"]
+        # a difference of float32 weights that moved by a thousandth of their size
+        assert logged == pytest.approx(float(expected), rel=1e-2)
+        return logged
+
+    model = make_model()
+    fresh = drift(model)
+    model.save(tmp_path / "agent")
+    assert drift(ReDiFPPO.load(tmp_path / "agent", env=make_env(seed=1))) < 2 * fresh
+    later = ReDiFPPO.load(tmp_path / "agent")
+    later.set_env(make_env(seed=1))
+    assert drift(later) < 2 * fresh
+
+
+def actor_weights(model) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.policy.denoiser.network.parameters()])
 
 
 def test_predict_is_ddim_along_the_grid(make_env, make_model):

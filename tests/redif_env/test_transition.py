@@ -281,3 +281,64 @@ def test_log_ratio_differentiates_like_the_log_prob(generator):
     new = mean.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(transition.log_ratio_map(x_s, new, old).sum(), new)
     torch.testing.assert_close(gradient, (x_s - mean) / 0.25, rtol=1e-5, atol=1e-5)
+
+
+def log_prob_in_double(x_s, mean, std):
+    return Normal(mean.double(), std.double()).log_prob(x_s.double())
+
+
+@given(
+    x=st.floats(-2, 2),
+    mean=st.floats(-2, 2),
+    old=st.floats(-2, 2),
+    std=st.floats(0.1, 2),
+    old_std=st.floats(0.1, 2),
+)
+def test_log_ratio_of_another_std_is_the_difference_of_log_probs(x, mean, old, std, old_std):
+    x, mean, old, std, old_std = (torch.tensor([[v]]) for v in (x, mean, old, std, old_std))
+    ours = transition.log_ratio_map(x, mean, Gaussian(old, old_std), std)
+    wanted = log_prob_in_double(x, mean, std) - log_prob_in_double(x, old, old_std)
+    assert ours.dtype == torch.float32
+    # float32 of a few terms, the largest of them of the size of the squared distances in stds
+    distance = max(float((x - old).abs()), float((x - mean).abs()), float((mean - old).abs()))
+    size = 1 + (distance / min(float(std), float(old_std))) ** 2
+    torch.testing.assert_close(ours.double(), wanted, rtol=0, atol=2e-6 * size)
+
+
+def test_log_ratio_of_the_same_std_is_the_formula_without_one(generator):
+    x_s, mean = draw(generator)
+    old = Gaussian(draw(generator, 1)[0], torch.tensor([0.02, 0.1, 1.0, 3.0])[:, None, None])
+    without = transition.log_ratio_map(x_s, mean, old)
+    assert torch.equal(transition.log_ratio_map(x_s, mean, old, old.std.clone()), without)
+    # negative control: a std that is 1 % larger is another ratio
+    wider = transition.log_ratio_map(x_s, mean, old, 1.01 * old.std)
+    assert float((wider - without).abs().min()) > 1e-4
+
+
+def test_log_ratio_keeps_digits_of_a_small_change_of_std(generator):
+    """Against double: at least twice as precise as a difference of log-probs."""
+    noise = draw(generator, 1)[0]
+    old = Gaussian(draw(generator, 1)[0], torch.full((4, 1, 1), 0.02))
+    x_s, std = old.mean + old.std * noise, 1.0001 * old.std
+    wanted = log_prob_in_double(x_s, old.mean, std) - log_prob_in_double(x_s, *old)
+    ours = transition.log_ratio_map(x_s, old.mean, old, std)
+    difference = transition.log_prob_map(x_s, Gaussian(old.mean, std))
+    difference -= transition.log_prob_map(x_s, old)
+
+    def error(tensor):
+        return float((tensor - wanted).square().mean().sqrt())
+
+    assert error(ours) < error(difference) / 2
+    assert error(ours) < 1e-6
+
+
+def test_log_ratio_differentiates_by_the_std_like_the_log_prob(generator):
+    """At ratio 1, by log std: noise^2 - 1."""
+    mean, noise = draw(generator)
+    old = Gaussian(mean, torch.tensor([0.02, 0.1, 1.0, 3.0])[:, None, None])
+    log_std = old.std.log().requires_grad_()
+    x_s = mean + old.std * noise
+    ratio = transition.log_ratio_map(x_s, mean, old, log_std.exp())
+    (gradient,) = torch.autograd.grad(ratio.sum(), log_std)
+    wanted = (((x_s - mean) / old.std).square() - 1).sum((1, 2), keepdim=True)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-4)

@@ -211,6 +211,7 @@ def test_autoreset_of_a_free_schedule_step_by_step(make):
         assert terminations.tolist() == ends
         assert not truncations.any()
         assert infos["_final_obs"].tolist() == infos["_episode"].tolist() == ends
+        assert infos["task"].tolist() == before  # not those that follow
         for row in range(4):
             lengths[row] += 1
             times[row] = float(round(times[row] / 2))  # KEEP, on a whole time
@@ -230,6 +231,28 @@ def test_autoreset_of_a_free_schedule_step_by_step(make):
                 assert not observation["latents"][row].any()
             assert float(observation["timestep"][row]) == pytest.approx(times[row] / 1000)
             assert float(observation["steps_left"][row]) == 1 - lengths[row] / 4
+
+
+@pytest.mark.parametrize("schedule", ["uniform", "free"])
+def test_infos_name_the_task_that_was_chosen(make, schedule):
+    """And keep its name when the rows go on with others."""
+    env = make(schedule=schedule, num_steps=2)
+    env.reset(options={"tasks": [9, 30, 2, 9]})
+    *_, infos = choose_to_end(env)
+    assert infos["task"].tolist() == [9, 30, 2, 9]
+    following = task_of(env, env.state.x_T)
+    assert following != [9, 30, 2, 9]
+    *_, later = choose_to_end(env)
+    assert later["task"].tolist() == following
+    assert infos["task"].tolist() == [9, 30, 2, 9]
+
+
+def choose_to_end(env):
+    """What the step returns that ends the episodes of all rows, in one step or in two."""
+    if env.timesteps is None:
+        return env.step(choosing(env, [END] * env.num_envs))
+    env.step(torch.zeros(env.action_space.shape))
+    return env.step(torch.zeros(env.action_space.shape))
 
 
 def wanted_task(env, row, episode, seed):
