@@ -112,6 +112,12 @@ def check_episodes(agent: Any, group_size: int, length: int, reward: Any) -> Non
         raise InvalidArgumentError(
             "step_weights", list(weights), f"pass {length} numbers, one a step of an episode."
         )
+    if agent.ent_coef and not agent.policy_kwargs.get("learn_std"):
+        raise InvalidArgumentError(
+            "ent_coef",
+            agent.ent_coef,
+            "only a learned std has an entropy: pass policy_kwargs={'learn_std': True}.",
+        )
     if agent.policy_kwargs.get("learn_std") and agent.antithetic and group_size == 2:
         raise InvalidArgumentError(
             "learn_std",

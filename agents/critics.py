@@ -43,6 +43,8 @@ class Critic(nn.Module):
 class MapCritic(nn.Module):
     """A small convolutional network that predicts the value of each element.
 
+    It is told where each element is: convolutions alone could not tell places apart.
+
     Args:
         observation_space: Of the environment.
         width: Sixteen times the channels for images; hidden units for latents of other shapes.
@@ -53,7 +55,7 @@ class MapCritic(nn.Module):
         shape = observation_space["latents"].shape or ()
         self.num_classes = _num_classes(observation_space)
         self.is_image = len(shape) == 3
-        extra = 2 + self.num_classes
+        extra = 2 + self.num_classes + 2 * self.is_image
         if self.is_image:
             channels = max(8, width // 16)
             self.body = nn.Sequential(
@@ -78,8 +80,15 @@ class MapCritic(nn.Module):
         latents, known = obs["latents"], _known(obs, self.num_classes)
         if self.is_image:
             planes = known[:, :, None, None].expand(-1, -1, *latents.shape[2:])
-            return self.body(torch.cat([latents, planes], 1)).flatten(1)
+            places = _places(latents).expand(len(latents), -1, -1, -1)
+            return self.body(torch.cat([latents, planes, places], 1)).flatten(1)
         return self.body(torch.cat([latents.flatten(1), known], 1))
+
+
+def _places(latents: Tensor) -> Tensor:
+    """Row and column of each place, from -1 to 1, float32 `(1, 2, H, W)`."""
+    axes = (torch.linspace(-1, 1, size, device=latents.device) for size in latents.shape[2:])
+    return torch.stack(torch.meshgrid(*axes, indexing="ij")).unsqueeze(0)
 
 
 def _known(obs: Mapping[str, Tensor], num_classes: int) -> Tensor:

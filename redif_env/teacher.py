@@ -108,9 +108,11 @@ def _solve(
 ) -> Tensor:
     """Where a diffusers scheduler gets from `x_T` with the predictions of `predict`."""
     solver.set_timesteps(num_steps, device=x_T.device)
+    # Flow-matching schedulers have no such method: their networks see the latents as they are.
+    scale = getattr(solver, "scale_model_input", lambda x_t, t: x_t)
     x_t = x_T
     for t in solver.timesteps:
-        prediction = predict(solver.scale_model_input(x_t, t), t)
+        prediction = predict(scale(x_t, t), t)
         x_t = solver.step(prediction, t, x_t).prev_sample
     return x_t
 

@@ -42,6 +42,7 @@ def case(argument, *, env=None, **options):
         case("step_weights", step_weights=[1.0, 1.0]),
         case("step_weights", step_weights=[1.0, -1.0, 1.0]),
         case("gap_fraction", gap_fraction=-0.5),
+        case("ent_coef", ent_coef=0.01),
         case("learn_std", env={"group_size": 2}, policy_kwargs={"learn_std": True}),
         case("antithetic", advantage="gae", credit="global", antithetic=True),
         case("n_steps", n_steps=4),
