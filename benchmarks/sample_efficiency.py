@@ -277,7 +277,7 @@ def plan(args: Args) -> list[tuple[str, str, dict[str, Any]]]:
     """Recipe, label and changes of each run, for each number of steps and seed."""
     if args.tune:
         return [
-            (name, json.dumps(changes), changes)
+            (name, f"{name} {json.dumps(changes)}", changes)
             for name in args.recipes
             for changes in TRIALS.get(name, [])
         ]
@@ -340,6 +340,25 @@ def _range(values: list[float]) -> tuple[float, float]:
     return min(values), max(values)
 
 
+def comparison(rows: list[dict[str, Any]], level: int = 20) -> str:
+    """What ours needs to reach a level, over what back-propagation needs; means over seeds."""
+    parts = []
+    for num_steps in sorted({row["num_steps"] for row in rows}, reverse=True):
+        means = {}
+        for name in ("default", BACKPROP):
+            own = [r for r in rows if (label(r), r["num_steps"]) == (name, num_steps)]
+            for key in ("trajectories_to", "network_evaluations_to"):
+                needed = [row[key][str(level)] for row in own]
+                means[name, key] = sum(needed) / len(needed) if needed and all(needed) else None
+        if None not in means.values():
+            times = [
+                means["default", key] / means[BACKPROP, key]
+                for key in ("trajectories_to", "network_evaluations_to")
+            ]
+            parts.append(f"{num_steps} steps {times[0]:.2f} and {times[1]:.2f}")
+    return f"to {level} %, of {BACKPROP}'s trajectories and network evaluations: {'; '.join(parts)}"
+
+
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Held-out error against trajectories, one panel a number of steps; bands span the seeds."""
     steps = sorted({row["num_steps"] for row in rows}, reverse=True)
@@ -386,6 +405,8 @@ def main(args: Args) -> list[dict[str, Any]]:
                 )
     rows = read(out)
     print(table(rows))
+    if not (args.tune or args.ablate):
+        print(comparison(rows))
     plot(rows, out.with_suffix(".png"))
     return rows
 
