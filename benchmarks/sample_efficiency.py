@@ -377,7 +377,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                 x, 100 * curves.min(0), 100 * curves.max(0), color=line.get_color(), alpha=0.2
             )
         axes.axhline(20, color="grey", linewidth=0.8, linestyle=":")
-        axes.set(xlabel="trajectories", title=f"{num_steps} steps", yscale="log")
+        title = "1 step" if num_steps == 1 else f"{num_steps} steps"
+        axes.set(xlabel="trajectories", title=title, yscale="log")
         axes.set_yticks([10, 15, 20, 30, 50, 100], labels=["10", "15", "20", "30", "50", "100"])
     figure.axes[0].set_ylabel("held-out paired MSE, % of uniform DDIM")
     figure.axes[-1].legend(fontsize=8)
