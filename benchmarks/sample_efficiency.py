@@ -408,7 +408,7 @@ def main(args: Args) -> list[dict[str, Any]]:
     print(table(rows))
     if not (args.tune or args.ablate):
         print(comparison(rows))
-    plot(rows, out.with_suffix(".png"))
+        plot(rows, out.with_suffix(".png"))
     return rows
 
 
