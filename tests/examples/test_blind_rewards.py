@@ -25,7 +25,9 @@ def test_it_resumes_and_shows_a_run_beside_its_control(tmp_path, teacher, monkey
         out=tmp_path / "results.json",
     )
     rows = blind_rewards.main(args)
-    assert [(row["reward"], row["weight"]) for row in rows] == [("1*mse+10*label", 10), ("mse", 0)]
+    weight = blind_rewards.SETTINGS["label"].weight
+    names = [(row["reward"], row["weight"]) for row in rows]
+    assert names == [(f"1*mse+{weight:g}*label", weight), ("mse", 0)]
     with_blind, control = (row["curve"] for row in rows)
     assert [point["iteration"] for point in control] == [0, 1, 2]
     assert with_blind[0] == control[0]

@@ -61,7 +61,9 @@ def test_sample_efficiency_resumes_and_knows_what_was_reached(tmp_path):
     assert [row["recipe"] for row in rows] == ["default", "backprop"]
     for row in rows:
         # The searched grid alone is below half of the uniform grid's error at one step.
-        assert row["trajectories_to"]["50"] == row["network_evaluations_to"]["50"] == 0
+        assert row["trajectories_to"]["50"] == 0
+        # PPO has measured the gap on 64 tasks before its first rollout.
+        assert row["network_evaluations_to"]["50"] == (64 if row["recipe"] == "default" else 0)
         assert row["trajectories_to"]["10"] is None
         assert [point["trajectories"] for point in row["curve"]][:3] == [0, 256, 512]
     written = args.out.stat().st_mtime_ns
