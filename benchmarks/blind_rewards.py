@@ -66,7 +66,7 @@ class Args:
     """Blind rewards: size, label."""
     seeds: tuple[int, ...] = (0, 1)
     """Seeds of training."""
-    iterations: int = 60
+    iterations: int = 30
     """Iterations of `num_envs` trajectories."""
     num_envs: int = 512
     """Trajectories of an iteration."""
