@@ -60,7 +60,7 @@ def make_model(args: Args) -> ReDiFPPO:
         group_size=4,
         bank=TeacherBank.build(teacher, 256),
     )
-    model = ReDiFPPO("StudentPolicy", env, batch_size=args.batch_size, seed=0)
+    model = ReDiFPPO("StudentPolicy", env, batch_size=args.batch_size, n_epochs=1, seed=0)
     model.set_logger(configure(None, []))
     model.learn(args.num_envs * args.num_steps)
     return model
