@@ -323,8 +323,13 @@ class ReDiFPPO(PPO):
     def _configure(self) -> None:
         """Settle what depends on the environment, and refuse what does not go together."""
         env = self.env if isinstance(self.env, TorchVecEnv) else None
+        has_teacher = env is not None and isinstance(env.env.unwrapped, ReDiFVectorEnv)
         if self.gap_fraction == "auto":
-            self.gap_fraction = GAP_FRACTION if self.trains_student else None
+            self.gap_fraction = GAP_FRACTION if self.trains_student and has_teacher else None
+        elif self.gap_fraction is not None and not has_teacher:
+            raise InvalidArgumentError(
+                "gap_fraction", self.gap_fraction, "only a ReDiFVectorEnv knows the gap: pass None."
+            )
         if not self.trains_student:
             compatibility.check_generic_policy(self)
         elif env is None:
