@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .losses import clip_fraction
+
 PER_STEP = ("kl", "clip_fraction", "exploration_std")
 
 
@@ -23,7 +25,7 @@ def per_step(batch: Any, new: Any, clip_range: float, num_steps: int) -> Tensor:
     Returns:
         float32 `(4, num_steps)`: the rows, then the sums of `PER_STEP`.
     """
-    clipped = ((new.log_ratio.detach().exp() - 1).abs() > clip_range).float().mean(1)
+    clipped = clip_fraction(new.log_ratio, clip_range)
     std = batch.old.std.flatten(1).mean(1)
     parts = torch.stack([torch.ones_like(new.kl), new.kl, clipped, std])
     return parts.new_zeros(len(parts), num_steps).index_add_(1, batch.step_index, parts)

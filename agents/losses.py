@@ -52,8 +52,8 @@ def surrogate(
 
 
 def clip_fraction(log_ratio: Tensor, clip_range: float) -> Tensor:
-    """Share of ratios outside the interval that they are clipped to."""
-    return ((log_ratio.detach().exp() - 1).abs() > clip_range).float().mean()
+    """Share of each row's ratios outside the interval that they are clipped to, `(B,)`."""
+    return ((log_ratio.detach().exp() - 1).abs() > clip_range).float().mean(1)
 
 
 def kl_map(mean: Tensor, old: Gaussian, std: Tensor | None = None) -> Tensor:

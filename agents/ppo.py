@@ -30,6 +30,7 @@ from redif_env.transition import Gaussian
 from redif_env.vector_env import ReDiFVectorEnv
 
 from . import compatibility, diagnostics, losses
+from .advantages import batch_relative
 from .buffers import RolloutBatch, TorchRolloutBuffer
 from .divergences import DIVERGENCES, AdaptiveCoefficient, divergence_map
 from .lora import merge
@@ -508,17 +509,16 @@ class ReDiFPPO(PPO):
             norms = self._clip_gradients()
             self.rows_trained += len(batch.actions)
             statistics.update(norms)
-            actor_norm = next(iter(norms.values()))
-            if self._is_finite(loss, actor_norm):
+            if self._is_finite(loss, *norms.values()):
                 self.policy.optimizer.step()
                 self.updates += 1
                 if isinstance(self.policy, StudentPolicy):
                     self.policy.update_ema(self.ema_decay, self.updates)
         return True
 
-    def _is_finite(self, loss: Tensor, grad_norm: Tensor) -> bool:
+    def _is_finite(self, loss: Tensor, *grad_norms: Tensor) -> bool:
         """Whether to take this update; counts those not taken, and gives up after a few."""
-        if bool((loss.detach() + grad_norm).isfinite()):
+        if bool(torch.stack([loss.detach(), *grad_norms]).isfinite().all()):
             self._skipped_in_a_row = 0
             return True
         self.updates_skipped += 1
@@ -545,7 +545,7 @@ class ReDiFPPO(PPO):
         statistics = {
             "policy_gradient_loss": policy_loss.detach(),
             "kl": new.kl.mean(),
-            "clip_fraction": losses.clip_fraction(new.log_ratio, clip_range),
+            "clip_fraction": losses.clip_fraction(new.log_ratio, clip_range).mean(),
             "effective_sample_size": losses.effective_sample_size(new.log_ratio),
             "ratio_error": new.error,
         }
@@ -624,7 +624,7 @@ class ReDiFPPO(PPO):
         if advantages.ndim == 2:
             return advantages
         if self.advantage == "gae" and self.normalize_advantage and len(advantages) > 1:
-            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+            advantages = batch_relative(advantages)
         return advantages.unsqueeze(1)
 
     def _check_ratio(self, error: Tensor) -> None:

@@ -181,6 +181,20 @@ def test_updates_without_a_finite_loss_are_skipped_and_counted(teacher, bank):
     assert not torch.equal(weights(model), start)
 
 
+def test_an_infinite_gradient_of_the_critic_alone_is_skipped_too(teacher, bank):
+    options = {"advantage": "gae", "antithetic": False, "stochastic_steps": "all"}
+    model = make_model(teacher, bank, batch_size=NUM_ENVS * NUM_STEPS, **options)
+    start = weights(model)
+    parameter = next(model.policy.value_critic.parameters())
+    hook = parameter.register_hook(lambda gradient: gradient * float("inf"))
+    train(model)
+    assert torch.equal(weights(model), start)
+    assert model.updates_skipped == 1
+    hook.remove()
+    train(model)
+    assert not torch.equal(weights(model), start)
+
+
 def test_training_stops_when_no_update_is_finite(teacher, bank):
     model = make_model(teacher, bank, batch_size=4)
     start = weights(model)
