@@ -53,7 +53,7 @@ class Setting:
 # Weights and std were chosen on other noise in runs of 20 iterations.
 SETTINGS = {
     "size": Setting(2, 5e-4, {}),
-    # Noise of half the gap flips almost no label, so that nothing could be learnt.
+    # Noise of half the gap flips too few labels: the reward then ends where it started.
     "label": Setting(1, 0.15, {"min_std": 0.3}),
 }
 
