@@ -10,6 +10,7 @@ from typing import Any
 
 _NAMES = {
     "Judge": "evaluation",
+    "LatentFeatures": "features",
     "ReDiFPPO": "ppo",
     "StudentPolicy": "policies",
     "TorchRolloutBuffer": "buffers",
