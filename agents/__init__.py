@@ -9,6 +9,7 @@ import importlib
 from typing import Any
 
 _NAMES = {
+    "BatchedTRPO": "trpo",
     "Judge": "evaluation",
     "LatentFeatures": "features",
     "ReDiFPPO": "ppo",

@@ -14,7 +14,7 @@ from redif_env.errors import InvalidArgumentError, check_integer
 
 LATENTS = "latents"
 TIMES = ("timestep", "steps_left")  # in [0, 1]
-NUM_WAVES = 16  # the fastest tells times apart that differ by a sixteenth
+NUM_WAVES = 16  # the fastest goes from 1 to -1 within a sixteenth
 LARGEST_SIDE = 8  # of what is flattened
 CHANNELS = 32
 
@@ -26,13 +26,15 @@ class LatentFeatures(BaseFeaturesExtractor):
     layer. Here images with a side over 8 are first halved by convolutions until they have none,
     time and class being channels too, so that the number of weights does not grow with the area.
     One hidden layer then mixes latents, time and class; latents of other shapes go there directly.
+    Times t enter as `cos(pi k t)`, k = 1 to 16, because neighbouring times of a grid hardly differ
+    as numbers in [0, 1], and what is right at one may be wrong at the next.
 
     There is no normalisation and no dropout: latents have unit scale, PPO's ratio must be 1 before
     the first update, and TRPO differentiates twice.
 
     Args:
-        observation_space: A Dict with `latents`. All other entries are taken as they are, classes
-            one-hot, which Stable-Baselines3 makes of them.
+        observation_space: A Dict with `latents`; other entries than times are taken as they are,
+            classes one-hot, which Stable-Baselines3 makes of them.
         features_dim: Length F of the feature vector.
 
     Raises:
@@ -40,7 +42,10 @@ class LatentFeatures(BaseFeaturesExtractor):
     """
 
     def __init__(self, observation_space: spaces.Space, features_dim: int = 256) -> None:
-        if not isinstance(observation_space, spaces.Dict) or LATENTS not in observation_space.spaces:
+        if (
+            not isinstance(observation_space, spaces.Dict)
+            or LATENTS not in observation_space.spaces
+        ):
             raise InvalidArgumentError(
                 "observation_space",
                 observation_space,
@@ -69,10 +74,9 @@ class LatentFeatures(BaseFeaturesExtractor):
 
 
 def _embedded(name: str, value: Tensor) -> Tensor:
-    """A known entry, float32 `(N, f)`: times t as `cos(pi k t)`, k = 1, 2, ..., others as is."""
-    value = value.flatten(1)
+    """A known entry, float32 `(N, f)`: times as waves, others as they are."""
     if name not in TIMES:
-        return value
+        return value.flatten(1)
     return torch.cos(math.pi * torch.arange(1, NUM_WAVES + 1, device=value.device) * value)
 
 
