@@ -78,7 +78,7 @@ class KernelDistribution(Distribution):
         return self
 
     @property
-    def distribution(self) -> torch.distributions.Distribution:
+    def distribution(self) -> torch.distributions.Distribution:  # type: ignore[override]
         """The same in torch, over actions `(N, D)`: sb3-contrib's TRPO takes its KL from this."""
         mean, std = self.gaussian
         return Independent(Normal(mean.flatten(1), std.flatten(1)), 1)
