@@ -1,7 +1,4 @@
-"""PPO in the manner of CleanRL: one function, tensors throughout, no Stable-Baselines3.
-
-A frozen student denoises in four steps; learnt is when. `python examples/cleanrl_style.py`
-"""
+"""PPO after CleanRL, on tensors, without Stable-Baselines3: when should a frozen student step?"""
 
 import gymnasium
 import torch
@@ -19,20 +16,17 @@ def look(agent: nn.Module, obs: Tensor, masks: Tensor) -> tuple[Categorical, Ten
     return Categorical(logits=out[:, 1:].masked_fill(~masks, -1e9)), out[:, 0]
 
 
-def main(
-    iterations: int = 100, num_envs: int = 256, seed: int = 0, **options: object
-) -> list[float]:
+def main(iterations: int = 100, num_envs: int = 256, seed: int = 0, **env: object) -> list[float]:
     """Train; returns the mean gain over evenly spaced times of each iteration."""
     torch.manual_seed(seed)
-    options = {"schedule": TIMES, "min_steps": 4, "max_steps": 4, "reward": "64*mse", **options}
+    options = {"schedule": TIMES, "min_steps": 4, "max_steps": 4, "reward": "64*mse", **env}
     envs = gymnasium.make_vec("ReDiFSchedule-v0", num_envs=num_envs, **options)
     envs = FlatVectorObservation(RelativeReward(envs))
     size, choices = envs.single_observation_space.shape[0], envs.single_action_space.n
     hidden = nn.Sequential(nn.Linear(size, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh())
     agent = nn.Sequential(hidden, nn.Linear(128, 1 + choices)).to(envs.unwrapped.device)
     optimizer = torch.optim.Adam(agent.parameters(), 1e-3, eps=1e-5)
-    gains: list[float] = []
-    obs, _ = envs.reset(seed=seed)
+    gains, (obs, _) = [], envs.reset(seed=seed)
     for _ in range(iterations):
         steps = []
         for _ in range(envs.unwrapped.max_steps):  # whole episodes: there is nothing to bootstrap

@@ -343,7 +343,7 @@ def replay_size(env: VecEnv, total_timesteps: int, gigabytes: float) -> int:
     """Transitions for the replay buffer: those of the run, or what fits into the memory.
 
     A transition holds two observations and an action, and three floats. Stable-Baselines3's default
-    of a million would take 0.9 GB for 8x8 latents, and 36 for 32x32 in colour.
+    of a million would take 0.8 GB for 8x8 latents, and 37 for 32x32 in colour.
     """
     seen = env.observation_space.sample()
     parts = [*(seen.values() if isinstance(seen, dict) else [seen])] * 2
