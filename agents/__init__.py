@@ -9,7 +9,9 @@ import importlib
 from typing import Any
 
 _NAMES = {
+    "BatchedTRPO": "trpo",
     "Judge": "evaluation",
+    "LatentFeatures": "features",
     "ReDiFPPO": "ppo",
     "StudentPolicy": "policies",
     "TorchRolloutBuffer": "buffers",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from stable_baselines3.common.distributions import Distribution
 from torch import Tensor, nn
+from torch.distributions import Independent, Normal
 
 from redif_env import transition
 from redif_env.noise import NoiseSchedule, expand
@@ -75,6 +76,12 @@ class KernelDistribution(Distribution):
             mean, std = self.gaussian
             self.gaussian = Gaussian(mean, std * expand(scale, std))
         return self
+
+    @property
+    def distribution(self) -> torch.distributions.Distribution:  # type: ignore[override]
+        """The same in torch, over actions `(N, D)`: sb3-contrib's TRPO takes its KL from this."""
+        mean, std = self.gaussian
+        return Independent(Normal(mean.flatten(1), std.flatten(1)), 1)
 
     def log_prob_map(self, actions: Tensor) -> Tensor:
         """Log-density of each element, `(N, D)`, of actions `(N, D)`."""

@@ -11,7 +11,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from redif_env.errors import check_choice
 from redif_env.schedule_env import ReDiFScheduleVectorEnv
 from redif_env.vector_env import FREE, ReDiFVectorEnv
-from redif_env.wrappers import FlatVectorObservation
+from redif_env.wrappers import FlatVectorObservation, RelativeReward
 
 from .vec_env import TorchVecEnv
 
@@ -19,7 +19,12 @@ OBSERVATIONS = ("dict", "flat")
 
 
 def make_sb3_env(
-    num_envs: int, variant: str = "residual", observation: str = "dict", **env_kwargs: Any
+    num_envs: int,
+    variant: str = "residual",
+    observation: str = "dict",
+    *,
+    relative: bool = False,
+    **env_kwargs: Any,
 ) -> VecEnv:
     """One batched environment for Stable-Baselines3: N trajectories share one teacher.
 
@@ -31,6 +36,8 @@ def make_sb3_env(
             choice of times; for MaskablePPO, DQN, QR-DQN.
         observation: `"dict"` for `MultiInputPolicy`; `"flat"` for `MlpPolicy`, which CrossQ and
             ARS need.
+        relative: Whether to reward what is gained over the frozen student alone on the same task,
+            see `redif_env.RelativeReward`; not with `"joint"`, which has none.
         env_kwargs: For `ReDiFVectorEnv` or, with `"schedule"`, `ReDiFScheduleVectorEnv`.
 
     Raises:
@@ -39,6 +46,7 @@ def make_sb3_env(
     check_choice("variant", variant, tuple(_VARIANTS))
     check_choice("observation", observation, OBSERVATIONS)
     env = _VARIANTS[variant](num_envs, **env_kwargs)
+    env = RelativeReward(env) if relative else env
     return TorchVecEnv(FlatVectorObservation(env) if observation == "flat" else env)
 
 

@@ -1,4 +1,4 @@
-"""FlatVectorObservation: dict observations as one flat tensor, for policies that take no dict."""
+"""Wrappers for algorithms that take no dict, or have no baseline for each task."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from gymnasium.vector import VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
+from . import mdp
 from .errors import InvalidArgumentError
+from .vector_env import ReDiFVectorEnv
 
 
 class FlatVectorObservation(VectorWrapper):
@@ -69,3 +71,75 @@ def _flat(space: spaces.Space[Any], value: Tensor) -> Tensor:
         classes = torch.arange(space.start, space.start + space.n, device=value.device)
         value = value.unsqueeze(1) == classes
     return value.flatten(1).float()
+
+
+class RelativeReward(VectorWrapper):
+    """Rewards an episode by what it gains over the frozen student alone, on the same task.
+
+    Tasks differ more in difficulty than policies do in skill, and an algorithm without groups sees
+    that as noise. What is subtracted depends on the task alone, so that no preference between
+    policies changes; acting as the student alone does returns 0. `reward_map` is left out of
+    `infos`: its mean would be another reward.
+
+    Args:
+        env: A `ReDiFVectorEnv` with `residual=True`, or a `ReDiFScheduleVectorEnv`. Its bank is
+            built, and gone through once with the student.
+
+    Attributes:
+        baseline: What is subtracted, for each task of the bank: see `baseline_returns`.
+
+    Raises:
+        InvalidArgumentError: for an environment of another kind.
+    """
+
+    def __init__(self, env: VectorEnv) -> None:
+        self.baseline = baseline_returns(env)
+        super().__init__(env)
+
+    def step(self, actions: Any) -> tuple[Any, Tensor, Tensor, Tensor, dict[str, Any]]:
+        observation, rewards, terminations, truncations, infos = self.env.step(actions)
+        if "episode" in infos:
+            gains = rewards - self.baseline[infos["task"]]
+            rewards = torch.where(infos["_episode"], gains, rewards)
+            episode = {**infos["episode"], "r": rewards.clone()}
+            infos = {name: infos[name] for name in infos if name != "reward_map"}
+            infos["episode"] = episode
+        return observation, rewards, terminations, truncations, infos
+
+
+@torch.no_grad()
+def baseline_returns(env: VectorEnv, batch_size: int = 512) -> Tensor:
+    """Returns of the frozen student alone, float32 `(P,)`, for each task of the bank.
+
+    Alone means zero residual actions; where times are chosen, `max_steps` of them, evenly spaced
+    among the candidates.
+
+    Args:
+        env: A `ReDiFVectorEnv` with `residual=True`, or a `ReDiFScheduleVectorEnv`; not stepped.
+        batch_size: Tasks that are sampled at once.
+
+    Raises:
+        InvalidArgumentError: for an environment of another kind.
+    """
+    inner = env.unwrapped if isinstance(env, VectorEnv) else None
+    if not isinstance(inner, ReDiFVectorEnv) or inner.process.student is None:
+        raise InvalidArgumentError(
+            "env", env, "pass a ReDiFVectorEnv with residual=True, or a ReDiFScheduleVectorEnv."
+        )
+    returns = []
+    for rows in torch.arange(len(inner.bank), device=inner.device).split(batch_size):
+        state = mdp.initial(inner.process, inner.bank, rows)
+        for step in range(inner.max_steps):
+            state = _alone(inner.process, state, step)
+        returns.append(mdp.reward(inner.process, state)[0])
+    return torch.cat(returns)
+
+
+def _alone(process: mdp.Process, state: mdp.EnvState, step: int) -> mdp.EnvState:
+    """The state after the student's own step number `step`."""
+    num = len(state.x_t)
+    if process.candidates is None:
+        dim = state.x_t[0].numel() + process.choice_dim
+        return mdp.transition(process, state, torch.zeros(num, dim, device=state.x_t.device))
+    choice = (len(process.candidates) - 1) * (step + 1) // process.max_steps - 1
+    return mdp.follow(process, state, torch.full_like(state.step_index, choice))
