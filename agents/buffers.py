@@ -9,6 +9,7 @@ import torch
 from stable_baselines3.common.buffers import RolloutBuffer
 from torch import Tensor
 
+from redif_env.noise import expand
 from redif_env.rewards import fit_map
 from redif_env.transition import Gaussian
 
@@ -60,6 +61,10 @@ class TorchRolloutBuffer(RolloutBuffer):
             those of the other kinds always are, those of scalar values are for the caller to.
         seed: Of the minibatch order. An own generator, so that the order does not shift the noise
             of the policy.
+
+    Attributes:
+        student_rows: How many rows, the first ones, explored the student's steps; the transitions
+            of the others are stored, but not trained on.
     """
 
     def __init__(
@@ -91,7 +96,8 @@ class TorchRolloutBuffer(RolloutBuffer):
         self.forget_tasks(num_tasks)
         self._store: dict[str, Tensor] = {}
         super().__init__(*args, **kwargs)
-        self._order = torch.Generator(self.device).manual_seed(seed)
+        self.student_rows = self.n_envs
+        self.order = torch.Generator(self.device).manual_seed(seed)
 
     def reset(self) -> None:
         """Forget the rollout; the memory is kept."""
@@ -128,15 +134,22 @@ class TorchRolloutBuffer(RolloutBuffer):
         values: Tensor,
         log_prob: Tensor | None = None,
         gaussian: Gaussian | None = None,
+        running: Tensor | None = None,
     ) -> None:
-        """Store one step of N rows: tensors `(N, ...)` on the device."""
+        """Store one step of N rows: tensors `(N, ...)` on the device.
+
+        `running` says in which rows the episode that is to be trained on has not ended yet, where
+        lengths differ.
+        """
         if isinstance(observation, Tensor):
             self._put("observation", observation)
         else:
             for name, value in observation.items():
                 self._put(f"observation/{name}", value)
         self._put("actions", actions.reshape(len(actions), -1))
-        self._put("rewards", rewards)
+        self._put("rewards", rewards if running is None else torch.where(running, rewards, 0.0))
+        if running is not None:
+            self._put("running", running)
         self._put("episode_starts", episode_starts)
         self._put("values", values if self.has_value_map else values.flatten())
         if log_prob is not None:
@@ -147,15 +160,19 @@ class TorchRolloutBuffer(RolloutBuffer):
         self.pos += 1
         self.full = self.pos == self.buffer_size
 
-    def add_reward_map(self, reward_map: Tensor) -> None:
-        """Store the reward map, `(N, *latent_shape)`, of the episode that the last step ended."""
-        latent_shape = self._store["mean"].shape[2:]
-        fitted = fit_map(reward_map, latent_shape, self.local_radius)
-        self._put_episode("reward_map", fitted, (self.pos - 1) // self.episode_length)
+    def add_reward_map(self, reward_map: Tensor, rows: Tensor | None = None) -> None:
+        """Store the reward map, `(N, *latent_shape)`, of the episode that the last step ended.
 
-    def add_tasks(self, tasks: Tensor) -> None:
-        """Store the tasks, int64 `(N,)`, of the episodes that the last step ended."""
-        self._put_episode("tasks", tasks, (self.pos - 1) // self.episode_length)
+        Args:
+            reward_map: The map.
+            rows: Which rows' episodes it ended, bool `(N,)`; None: all.
+        """
+        latent_shape = self._store["mean"].shape[2:]
+        self._put_outcome("reward_map", fit_map(reward_map, latent_shape, self.local_radius), rows)
+
+    def add_tasks(self, tasks: Tensor, rows: Tensor | None = None) -> None:
+        """Store the tasks, int64 `(N,)`, of the episodes that the last step ended, as above."""
+        self._put_outcome("tasks", tasks, rows)
 
     def add_explored_step(self, step_index: Tensor) -> None:
         """Store the first step that explores of the episode that starts now, int64 `(N,)`."""
@@ -166,12 +183,16 @@ class TorchRolloutBuffer(RolloutBuffer):
         if self.advantage == "gae":
             self._estimate_with_critic(last_values, dones)
             return
-        returns = self._store["rewards"].unflatten(0, (-1, self.episode_length)).sum(1)
-        advantages = self._episode_advantages(returns)
+        returns = self.episode_returns()
+        advantages = self._episode_advantages(returns[:, : self.student_rows])
         if self.advantage_clip is not None:
             advantages = advantages.clamp(-self.advantage_clip, self.advantage_clip)
         self._store["advantages"] = advantages
         self._store["returns"] = returns.repeat_interleave(self.episode_length, 0)
+
+    def episode_returns(self) -> Tensor:
+        """Undiscounted returns of whole episodes, `(E, N)`."""
+        return self._store["rewards"].unflatten(0, (-1, self.episode_length)).sum(1)
 
     def _estimate_with_critic(self, last_values: Tensor, dones: Tensor) -> None:
         """GAE: of rewards and values, or element by element of their maps."""
@@ -203,10 +224,12 @@ class TorchRolloutBuffer(RolloutBuffer):
 
     def _episode_advantages(self, returns: Tensor) -> Tensor:
         """Advantages of whole episodes, `(E, N)`, or `(E, N, D)` with local credit."""
+        if not self.student_rows:
+            return returns
         self.advantage_scale = returns.std()
         if self.credit == "global":
             return self._relative(returns)
-        local = self._relative(self._store["reward_map"].flatten(2))
+        local = self._relative(self._store["reward_map"][:, : self.student_rows].flatten(2))
         if self.local_weight == 1:
             return local
         rest = self._relative(returns).unsqueeze(2)
@@ -214,7 +237,8 @@ class TorchRolloutBuffer(RolloutBuffer):
 
     def _relative(self, outcome: Tensor) -> Tensor:
         if self.advantage == "task":
-            return self.task_means[outcome.ndim == 3].relative(outcome, self._store["tasks"])
+            tasks = self._store["tasks"][:, : self.student_rows]
+            return self.task_means[outcome.ndim == 3].relative(outcome, tasks)
         if self.advantage == "batch":
             return batch_relative(outcome)
         return group_relative(outcome, self.group_size)
@@ -222,7 +246,7 @@ class TorchRolloutBuffer(RolloutBuffer):
     def get(self, batch_size: int | None = None) -> Generator[RolloutBatch, None, None]:  # type: ignore[override]
         """Minibatches that together hold every stochastic transition once, in random order."""
         rows = self._stochastic_rows()
-        order = torch.randperm(len(rows), generator=self._order, device=self.device)
+        order = torch.randperm(len(rows), generator=self.order, device=self.device)
         for part in order.split(batch_size or len(rows)):
             yield self._batch(rows[part])
 
@@ -232,14 +256,30 @@ class TorchRolloutBuffer(RolloutBuffer):
 
     def _stochastic_rows(self) -> Tensor:
         """Indices into the flattened `(T, N)` of the transitions that explored."""
-        if self.stochastic_steps is None:
-            return torch.arange(self.buffer_size * self.n_envs, device=self.device)
-        first = self._store["explored_step"].unsqueeze(1)  # (E, 1, N)
-        window = torch.arange(self.stochastic_steps, device=self.device)[:, None]
+        rows = torch.arange(self.buffer_size * self.n_envs, device=self.device)
+        if self.stochastic_steps is not None:
+            rows = self._window_rows()
+        elif self.student_rows < self.n_envs:
+            rows = rows[rows % self.n_envs < self.student_rows]
+        if "running" in self._store:
+            rows = rows[self._store["running"].flatten()[rows]]
+        return rows
+
+    def _window_rows(self) -> Tensor:
+        """Those within the window of stochastic steps of each episode."""
+        first = self._store["explored_step"][:, : self.student_rows].unsqueeze(1)  # (E, 1, N)
+        window = torch.arange(self.stochastic_steps or 0, device=self.device)[:, None]
         step = (first + window) % self.episode_length  # (E, W, N)
         starts = torch.arange(len(first), device=self.device)[:, None, None] * self.episode_length
-        columns = torch.arange(self.n_envs, device=self.device)
+        columns = torch.arange(self.student_rows, device=self.device)
         return ((starts + step) * self.n_envs + columns).flatten()
+
+    def _put_outcome(self, name: str, value: Tensor, rows: Tensor | None) -> None:
+        """Store what the last step's episode left behind, in some rows where only they ended."""
+        episode = (self.pos - 1) // self.episode_length
+        if rows is not None and name in self._store:
+            value = torch.where(expand(rows, value), value, self._store[name][episode])
+        self._put_episode(name, value, episode)
 
     def _put_episode(self, name: str, value: Tensor, episode: int) -> None:
         self._put(name, value, episode, self.buffer_size // self.episode_length)

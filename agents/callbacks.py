@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from typing import Any
 
@@ -11,7 +12,7 @@ from stable_baselines3.common.logger import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from redif_env import mdp, rewards, schedules
+from redif_env import mdp, rewards
 from redif_env.errors import check_integer
 from redif_env.rendering import to_rgb
 from redif_env.teacher import TeacherBank
@@ -48,7 +49,8 @@ class IterationCallback(BaseCallback):
 class HeldOutEvaluation(IterationCallback):
     """Judge the averaged student at eta = 0 on tasks that training never sees.
 
-    Logs `eval/paired_mse`, the error an element to the teacher's answers, and `eval/reward`; and
+    Logs `eval/paired_mse`, the error an element to the teacher's answers, `eval/reward` and
+    `eval/num_steps`, the mean number of steps; and
     `eval/reward_exploring`, the reward of the trained student on the same tasks when every step
     explores as it does now. Its noise does not shift that of training.
 
@@ -59,7 +61,8 @@ class HeldOutEvaluation(IterationCallback):
             student); 0 for none.
 
     Attributes:
-        history: One `{"iteration", "paired_mse", "reward", "reward_exploring"}` an evaluation.
+        history: One `{"iteration", "paired_mse", "reward", "reward_exploring", "num_steps"}` an
+            evaluation.
     """
 
     def __init__(self, bank: TeacherBank, every: int = 10, num_images: int = 10) -> None:
@@ -72,11 +75,12 @@ class HeldOutEvaluation(IterationCallback):
     def on_iteration(self) -> None:
         policy: Any = self.model.policy
         bank = self.bank
-        x_0 = schedules.sample(policy.ema_denoiser, bank.x_T, bank.condition, policy.timesteps)
+        x_0, num_steps = policy.sample(bank.x_T, bank.condition)
         record = {
             "paired_mse": float((x_0 - bank.teacher_x_0).square().mean()),
-            "reward": self._reward(x_0),
-            "reward_exploring": self._reward(self._explore()),
+            "reward": self._reward(x_0, num_steps),
+            "reward_exploring": self._reward(*self._explore()),
+            "num_steps": float(num_steps.float().mean()),
         }
         self.history.append({"iteration": self.iteration, **record})
         for name, value in record.items():
@@ -84,28 +88,33 @@ class HeldOutEvaluation(IterationCallback):
         if self.num_images and x_0.ndim == 4:
             self._log_images(x_0)
 
-    def _reward(self, x_0: Tensor) -> float:
-        bank, reward = self.bank, self._process.reward
-        values, _ = rewards.evaluate(reward, x_0, bank.teacher_x_0, bank.condition)
-        return float(values.mean())
+    def _reward(self, x_0: Tensor, num_steps: Tensor) -> float:
+        bank, process = self.bank, self._process
+        values, _ = rewards.evaluate(process.reward, x_0, bank.teacher_x_0, bank.condition)
+        return float((values - process.step_cost * process.nfe_per_step * num_steps).mean())
 
     @property
     def _process(self) -> mdp.Process:
         return self.training_env.get_attr("process", [0])[0]
 
-    def _explore(self) -> Tensor:
-        """Samples of the trained student with noise in every step, `(P, *latent_shape)`."""
+    def _explore(self) -> tuple[Tensor, Tensor]:
+        """Samples with noise in every step and choice, `(P, *latent_shape)`, and their steps."""
         policy: Any = self.model.policy
+        process = self._process
         before, device = policy.denoiser.network_evaluations, self.bank.x_T.device
         space: Any = self.training_env.action_space
         low, high = (torch.as_tensor(bound, device=device) for bound in (space.low, space.high))
-        state = mdp.initial(self._process, self.bank, torch.arange(len(self.bank), device=device))
+        state = mdp.initial(process, self.bank, torch.arange(len(self.bank), device=device))
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            for _ in range(self._process.max_steps):
-                actions = policy.explore(mdp.observation(self._process, state)).actions
-                state = mdp.transition(self._process, state, actions.clamp(low, high))
+            if policy.schedule_head is not None:
+                first = policy.schedule_head.first(len(self.bank)).sample()
+                state = dataclasses.replace(state, t=policy.schedule_head.first_time(first))
+            for _ in range(process.max_steps):
+                actions = policy.explore(mdp.observation(process, state)).actions
+                after = mdp.transition(process, state, actions.clamp(low, high))
+                state = mdp.stay_ended(process, state, after)
         policy.denoiser.network_evaluations = before  # judging is no cost of training
-        return state.x_t
+        return state.x_t, state.step_index
 
     def _on_training_end(self) -> None:
         self.on_iteration()

@@ -56,16 +56,12 @@ def check_generic_policy(agent: Any) -> None:
 
 
 def check_process(base: Any) -> None:
-    """A student acts in next latents on a fixed schedule."""
+    """A student acts in next latents."""
     if isinstance(base, ReDiFScheduleVectorEnv):
         raise InvalidArgumentError(
             "env",
             type(base).__name__,
             "its student is frozen: pass 'MultiInputPolicy', or a ReDiFVectorEnv.",
-        )
-    if base.timesteps is None:
-        raise InvalidArgumentError(
-            "schedule", "free", "StudentPolicy needs a fixed one: 'uniform' or a list."
         )
     if base.process.action_type != "latent" or base.process.student is not None:
         raise InvalidArgumentError(
@@ -75,10 +71,33 @@ def check_process(base: Any) -> None:
         )
 
 
-def check_timesteps(given: Any, grid: list[float] | None) -> None:
+def check_trained(agent: Any, free: bool) -> None:
+    """Only a free schedule can be learned; its episodes may differ in length."""
+    if not free and agent.trained != "student":
+        raise InvalidArgumentError(
+            "trained", agent.trained, "make the environment with schedule='free' to learn times."
+        )
+    if not free and agent.policy_kwargs.get("schedule_head") is not None:
+        raise InvalidArgumentError(
+            "schedule_head",
+            agent.policy_kwargs["schedule_head"],
+            "make the environment with schedule='free' to choose times.",
+        )
+    if free and agent.advantage == "gae":
+        raise InvalidArgumentError(
+            "advantage", "gae", "pass 'group', 'batch' or 'task' with a free schedule."
+        )
+
+
+def check_timesteps(given: Any, grid: list[float] | None, free: bool) -> None:
     """The student's own times must be the environment's: it is not told them otherwise."""
     own = [float(t) for t in given]
-    if grid is not None and [*own, 0.0][: len(grid)] != grid:
+    if grid is not None and free:
+        if len([t for t in own if t > 0]) != len(grid) - 1:
+            raise InvalidArgumentError(
+                "timesteps", own, f"pass as many as the environment has steps, {len(grid) - 1}."
+            )
+    elif grid is not None and [*own, 0.0][: len(grid)] != grid:
         raise InvalidArgumentError(
             "timesteps", own, f"the environment's schedule is {grid}: make them the same."
         )
@@ -94,7 +113,7 @@ def check_episodes(agent: Any, group_size: int, length: int, reward: Any) -> Non
         raise InvalidArgumentError(
             "n_steps", agent.n_steps, f"pass a multiple of the episode length {length}."
         )
-    if agent.credit == "local" and not reward.has_map:
+    if agent.credit == "local" and not reward.has_map and agent.trained != "schedule":
         raise InvalidArgumentError(
             "credit", "local", f"reward {reward.name!r} has no map: pass 'global'."
         )

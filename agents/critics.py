@@ -9,12 +9,12 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 
-class Critic(nn.Module):
-    """A small value network on (pooled) latents, time, steps left and class.
+class Features(nn.Module):
+    """What is known of a state in one vector: (pooled) latents, time, steps left and class.
 
     Args:
         observation_space: Of the environment.
-        width: Hidden units.
+        width: Length of the vector.
     """
 
     POOLED_SIDE = 8
@@ -31,13 +31,30 @@ class Critic(nn.Module):
             nn.SiLU(),
             nn.Linear(width, width),
             nn.SiLU(),
-            nn.Linear(width, 1),
         )
 
     def forward(self, obs: Mapping[str, Tensor]) -> Tensor:
-        """Values, float32 `(N,)`."""
+        """Features, float32 `(N, width)`."""
         latents = self.pool(obs["latents"]).flatten(1)
-        return self.body(torch.cat([latents, _known(obs, self.num_classes)], 1)).squeeze(1)
+        return self.body(torch.cat([latents, _known(obs, self.num_classes)], 1))
+
+
+class Critic(nn.Module):
+    """A small value network.
+
+    Args:
+        observation_space: Of the environment.
+        width: Hidden units.
+    """
+
+    def __init__(self, observation_space: spaces.Dict, width: int) -> None:
+        super().__init__()
+        self.features = Features(observation_space, width)
+        self.head = nn.Linear(width, 1)
+
+    def forward(self, obs: Mapping[str, Tensor]) -> Tensor:
+        """Values, float32 `(N,)`."""
+        return self.head(self.features(obs)).squeeze(1)
 
 
 class MapCritic(nn.Module):

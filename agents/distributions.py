@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch.distributions import Independent, Normal
 from redif_env import transition
 from redif_env.noise import NoiseSchedule, expand
 from redif_env.transition import Gaussian
+
+from .choices import Choice
 
 
 class StepScale(nn.Module):
@@ -118,3 +121,56 @@ class KernelDistribution(Distribution):
     def log_prob_from_params(self, *args: Any) -> tuple[Tensor, Tensor]:
         actions = self.actions_from_params(*args)
         return actions, self.log_prob(actions)
+
+
+class JointDistribution(Distribution):
+    """A choice of the next time, and the next latent given that time.
+
+    Args:
+        choice: Over the time, for N rows.
+        step: From choices `(N,)` to the distribution of the next latent.
+    """
+
+    def __init__(self, choice: Choice, step: Callable[[Tensor], KernelDistribution]) -> None:
+        super().__init__()
+        self.choice = choice
+        self.step = step
+
+    def proba_distribution_net(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Not used: the student and the schedule head give the parameters."""
+        return nn.Identity()
+
+    def proba_distribution(self, *args: Any, **kwargs: Any) -> JointDistribution:
+        """Nothing is left to set."""
+        return self
+
+    def log_prob(self, actions: Tensor) -> Tensor:
+        """Joint log-density, `(N,)`, of actions `(N, D + 1)`."""
+        choice = actions[:, -1]
+        return self.choice.log_prob(choice) + self.step(choice).log_prob(actions[:, :-1])
+
+    def entropy(self) -> Tensor:
+        """Entropy of the choice, and of the next latent at the most likely time, `(N,)`."""
+        return self.choice.entropy() + self.step(self.choice.mode()).entropy()
+
+    def sample(self) -> Tensor:
+        """Explore: actions `(N, D + 1)`."""
+        choice = self.choice.sample()
+        return joined(self.step(choice).sample(), choice)
+
+    def mode(self) -> Tensor:
+        """The deployed step to the most likely time, `(N, D + 1)`."""
+        choice = self.choice.mode()
+        return joined(self.step(choice).mode(), choice)
+
+    def actions_from_params(self, *args: Any, deterministic: bool = False) -> Tensor:
+        return self.get_actions(deterministic=deterministic)
+
+    def log_prob_from_params(self, *args: Any) -> tuple[Tensor, Tensor]:
+        actions = self.sample()
+        return actions, self.log_prob(actions)
+
+
+def joined(step: Tensor, choice: Tensor) -> Tensor:
+    """Actions `(N, D + 1)` from step outputs `(N, D)` and choices `(N,)`."""
+    return torch.cat([step, choice.unsqueeze(1)], 1)

@@ -21,9 +21,11 @@ from redif_env.schedules import explicit
 from redif_env.transition import EXPLORATION_MEANS, Gaussian
 
 from .averaging import update_average
+from .choices import Choice, ScheduleHead, make_head
 from .critics import Critic, MapCritic
-from .distributions import KernelDistribution, StepScale
+from .distributions import JointDistribution, KernelDistribution, StepScale, joined
 from .lora import copy_trained, load_base, make_trainable
+from .sampling import sample
 
 StudentSource = str | Path | Mapping[str, Any] | Callable[[], Denoiser]
 
@@ -34,12 +36,15 @@ class Exploration(NamedTuple):
     Attributes:
         actions: float32 `(N, A)`.
         values: float32 `(N,)`, or maps `(N, A)`; zeros without a critic.
-        gaussian: What the actions were drawn from, `(N, *latent_shape)`.
+        gaussian: What the actions were drawn from, `(N, *latent_shape)`; with a free schedule,
+            given the time that was chosen.
+        choice: Distribution of the time, with a free schedule.
     """
 
     actions: Tensor
     values: Tensor
     gaussian: Gaussian
+    choice: Choice | None = None
 
 
 class NoFeatures(BaseFeaturesExtractor):
@@ -53,16 +58,20 @@ class NoFeatures(BaseFeaturesExtractor):
 
 
 class StudentPolicy(ActorCriticPolicy):
-    """The student of a fixed schedule as a policy over next latents.
+    """The student as a policy over next latents and, with a free schedule, over next times.
 
     Args:
         observation_space: `Dict` of `ReDiF-v0`.
-        action_space: Box of `D` next-latent elements (a fixed schedule, `action_type="latent"`).
+        action_space: Box of `D` next-latent elements (`action_type="latent"`), and one more for
+            the choice of the next time with a free schedule.
         lr_schedule: Learning rate as a function of the remaining progress.
         student: Where the actor comes from: a diffusers folder or bundled name, a description from
             `loading.describe` (random weights), or a function without arguments that returns a
             `Denoiser`. Plain data or an importable function, so that a saved model holds no module.
-        timesteps: The grid, with or without the final 0.
+        timesteps: The grid, with or without the final 0; of a free schedule, where its learning
+            starts, and its length is the most steps of an episode.
+        schedule_head: Options of `choices.make_head` for a free schedule; None without one.
+        schedule_lr_scale: Its learning rate, as a multiple of the actor's.
         eta: Noise factor of the kernel while exploring, in [0, 1].
         min_std: Smallest standard deviation while exploring, in latent units; > 0.
         exploration_mean: `"ode"` or `"sde"`, see `redif_env.transition.exploration`.
@@ -86,6 +95,7 @@ class StudentPolicy(ActorCriticPolicy):
             make rollout and update disagree.
         ema_denoiser: Moving average of its weights: what is evaluated and exported.
         step_scale: The learned factors of the std, or None.
+        schedule_head: Chooses the times of a free schedule, or None.
         reference_denoiser: The student that training started from, or None.
     """
 
@@ -97,6 +107,8 @@ class StudentPolicy(ActorCriticPolicy):
         *,
         student: StudentSource = "digits",
         timesteps: Sequence[float],
+        schedule_head: Mapping[str, Any] | None = None,
+        schedule_lr_scale: float = 50.0,
         eta: float = 0.1,
         min_std: float = 0.02,
         exploration_mean: str = "ode",
@@ -124,6 +136,8 @@ class StudentPolicy(ActorCriticPolicy):
         self.settings: dict[str, Any] = {
             "student": student,
             "timesteps": [float(t) for t in timesteps],
+            "schedule_head": schedule_head,
+            "schedule_lr_scale": check_number("schedule_lr_scale", schedule_lr_scale),
             "reference": reference,
             "lora_rank": lora_rank,
             "lora_targets": lora_targets,
@@ -155,7 +169,8 @@ class StudentPolicy(ActorCriticPolicy):
         self.reference_denoiser = (
             copy_trained(base).requires_grad_(False) if settings["reference"] else None
         )
-        _check_spaces(self.observation_space, self.action_space, self.denoiser)
+        free = settings["schedule_head"] is not None
+        _check_spaces(self.observation_space, self.action_space, self.denoiser, free)
         grid = explicit(settings["timesteps"], self.denoiser.schedule)
         self.timesteps: Tensor
         self.register_buffer("timesteps", grid)
@@ -169,11 +184,20 @@ class StudentPolicy(ActorCriticPolicy):
         if settings["learn_std"]:
             self.step_scale = StepScale(len(grid) - 1, settings["std_range"])
             groups.append(_group("std", self.step_scale, settings["std_lr_scale"]))
+        self.schedule_head: ScheduleHead | None = None
+        if free:
+            self.schedule_head = make_head(
+                self.observation_space,  # type: ignore[arg-type]
+                self.denoiser.schedule,
+                grid,
+                **settings["schedule_head"],
+            )
+            groups.append(_group("schedule", self.schedule_head, settings["schedule_lr_scale"]))
         self.optimizer = self.optimizer_class(groups, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
 
     @property
     def num_steps(self) -> int:
-        """Steps of the grid."""
+        """Steps of the grid; the most of a free schedule."""
         return len(self.timesteps) - 1
 
     def explore(
@@ -181,6 +205,7 @@ class StudentPolicy(ActorCriticPolicy):
         obs: Mapping[str, Tensor],
         rows: Tensor | None = None,
         antithetic: bool = False,
+        choosing: Tensor | None = None,
     ) -> Exploration:
         """Draw actions for a rollout.
 
@@ -188,35 +213,73 @@ class StudentPolicy(ActorCriticPolicy):
             obs: Observations of N rows.
             rows: Which rows explore, bool `(N,)`; the others take the deployed step. None: all.
             antithetic: Whether neighbours explore with opposite noise.
+            choosing: Which rows draw their next time, bool `(N,)`; the others take the most likely
+                one. None: all. Only with a free schedule.
         """
-        distribution = self.get_distribution(obs)
-        actions = distribution.sample_antithetic() if antithetic else distribution.sample()
+        joint = self.get_distribution(obs)
+        choice = drawn = None
+        kernel = joint
+        if isinstance(joint, JointDistribution):
+            choice, drawn = joint.choice, joint.choice.sample()
+            if choosing is not None:
+                drawn = torch.where(choosing, drawn, choice.mode())
+            kernel = joint.step(drawn)
+        assert isinstance(kernel, KernelDistribution)
+        actions = kernel.sample_antithetic() if antithetic else kernel.sample()
         if rows is not None:
-            actions = torch.where(rows.unsqueeze(1), actions, distribution.mode())
-        return Exploration(actions, self.values(obs), distribution.gaussian)
+            actions = torch.where(rows.unsqueeze(1), actions, kernel.mode())
+        if drawn is not None:
+            actions = joined(actions, drawn)
+        return Exploration(actions, self.values(obs), kernel.gaussian, choice)
 
-    def gaussian(self, obs: Mapping[str, Tensor]) -> Gaussian:
-        """What the policy explores with, `(N, *latent_shape)`, with gradients."""
-        return self.get_distribution(obs).gaussian
+    def step_distribution(self, obs: Mapping[str, Tensor], actions: Tensor) -> KernelDistribution:
+        """What the step outputs of actions `(N, A)` are drawn from, given their choices of time."""
+        return self._step_distribution(self.denoiser, obs, actions)
 
-    def reference_means(self, obs: Mapping[str, Tensor]) -> Tensor:
+    def reference_means(self, obs: Mapping[str, Tensor], actions: Tensor) -> Tensor:
         """Means that the reference would explore around, `(N, *latent_shape)`."""
         if self.reference_denoiser is None:
             raise InvalidArgumentError("reference", False, "make the policy with reference=True.")
-        return self._distribution(self.reference_denoiser, obs).gaussian.mean
+        return self._step_distribution(self.reference_denoiser, obs, actions).gaussian.mean
 
-    def get_distribution(self, obs: Mapping[str, Tensor]) -> KernelDistribution:  # type: ignore[override]
+    def get_distribution(  # type: ignore[override]
+        self, obs: Mapping[str, Tensor]
+    ) -> KernelDistribution | JointDistribution:
         return self._distribution(self.denoiser, obs)
 
-    def _distribution(self, denoiser: Denoiser, obs: Mapping[str, Tensor]) -> KernelDistribution:
-        index = self._step_index(obs)
-        x_t, t, s = obs["latents"], self.timesteps[index], self.timesteps[index + 1]
-        condition = obs["condition"].long().flatten() if "condition" in obs else None
-        distribution = KernelDistribution(
-            denoiser.schedule, self.eta, self.min_std, self.exploration_mean
-        )
+    def _step_distribution(
+        self, denoiser: Denoiser, obs: Mapping[str, Tensor], actions: Tensor
+    ) -> KernelDistribution:
+        joint = self._distribution(denoiser, obs)
+        return joint.step(actions[:, -1]) if isinstance(joint, JointDistribution) else joint
+
+    def _distribution(
+        self, denoiser: Denoiser, obs: Mapping[str, Tensor]
+    ) -> KernelDistribution | JointDistribution:
+        index, head = self._step_index(obs), self.schedule_head
+        t = self.timesteps[index] if head is None else head.time(obs)
+        x_t, condition = obs["latents"], _condition(obs)
+        x0_pred = denoiser(x_t, t, condition)
         scale = None if self.step_scale is None else self.step_scale(index)
-        return distribution.proba_distribution(x_t, denoiser(x_t, t, condition), t, s, scale)
+
+        def step(s: Tensor) -> KernelDistribution:
+            kernel = KernelDistribution(
+                denoiser.schedule, self.eta, self.min_std, self.exploration_mean
+            )
+            return kernel.proba_distribution(x_t, x0_pred, t, s, scale)
+
+        if head is None:
+            return step(self.timesteps[index + 1])
+        return JointDistribution(head(obs), lambda choice: step(head.next_time(choice, obs)))
+
+    @torch.no_grad()
+    def sample(self, x_T: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What the averaged student makes of noise `(N, *latent_shape)` when deployed.
+
+        Returns:
+            `x_0`, and the steps that each row took, int64 `(N,)`.
+        """
+        return sample(self.ema_denoiser, self.schedule_head or self.timesteps, x_T, condition)
 
     def forward(  # type: ignore[override]
         self, obs: Mapping[str, Tensor], deterministic: bool = False
@@ -301,6 +364,10 @@ def make_student(source: StudentSource) -> Denoiser:
     return made
 
 
+def _condition(obs: Mapping[str, Tensor]) -> Tensor | None:
+    return obs["condition"].long().flatten() if "condition" in obs else None
+
+
 def _group(name: str, module: nn.Module, lr_scale: float) -> dict[str, Any]:
     """A parameter group of the optimiser, with its own gradient clip and learning rate."""
     return {
@@ -310,7 +377,9 @@ def _group(name: str, module: nn.Module, lr_scale: float) -> dict[str, Any]:
     }
 
 
-def _check_spaces(observation_space: Any, action_space: Any, denoiser: Denoiser) -> None:
+def _check_spaces(
+    observation_space: Any, action_space: Any, denoiser: Denoiser, free: bool
+) -> None:
     keys = observation_space.spaces if isinstance(observation_space, spaces.Dict) else {}
     if not {"latents", "timestep", "steps_left"} <= set(keys):
         raise InvalidArgumentError(
@@ -322,10 +391,10 @@ def _check_spaces(observation_space: Any, action_space: Any, denoiser: Denoiser)
             f"latents of {denoiser.latent_shape}",
             f"pass a student for the environment's {keys['latents'].shape}.",
         )
-    if action_space.shape != (int(torch.Size(denoiser.latent_shape).numel()),):
+    if action_space.shape != (int(torch.Size(denoiser.latent_shape).numel()) + free,):
         raise InvalidArgumentError(
             "action_space",
             action_space,
-            "StudentPolicy needs a fixed schedule: make the environment with schedule='uniform' or "
-            "a list of times.",
+            "StudentPolicy acts in next latents of its denoiser, action_type='latent', and with a "
+            "schedule_head in one choice of time more, schedule='free'.",
         )

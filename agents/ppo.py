@@ -26,15 +26,19 @@ from redif_env.errors import (
     check_number,
 )
 from redif_env.loading import describe
+from redif_env.noise import expand
 from redif_env.transition import Gaussian
 from redif_env.vector_env import ReDiFVectorEnv
 
-from . import compatibility, diagnostics, losses
+from . import compatibility, diagnostics, losses, schedule_learning
 from .advantages import batch_relative
 from .buffers import RolloutBatch, TorchRolloutBuffer
+from .choices import ScheduleHead
 from .divergences import DIVERGENCES, AdaptiveCoefficient, divergence_map
 from .lora import merge
 from .policies import StudentPolicy
+from .sampling import sample
+from .schedule_learning import ChoiceRollout
 from .statistics import EpisodeStatistics, HostView
 from .vec_env import TorchVecEnv
 
@@ -120,6 +124,11 @@ class ReDiFPPO(PPO):
             shrinks as the student learns. `min_std` stays the floor. None: no such rule;
             `"auto"`: 0.5 with a `StudentPolicy`.
         ema_decay: Of the student's moving average, an update; reached after a warm-up.
+        trained: With a free schedule: `"student"` alone, at the most likely times; `"schedule"`
+            alone, of a frozen student; `"both"` at once; or `"alternating"`, a rollout each.
+            Default: `"both"`; without a free schedule `"student"`.
+        schedule_clip_range: Of the ratio of a choice of time.
+        schedule_ent_coef: Coefficient of its entropy bonus.
         target_kl: Stop the epochs of an iteration beyond 1.5 times this KL; an *element* of the
             action with a `StudentPolicy`, of the whole action with other policies (as in
             Stable-Baselines3).
@@ -136,7 +145,8 @@ class ReDiFPPO(PPO):
         seed, device: as in Stable-Baselines3; the device defaults to the environment's.
 
     Attributes:
-        rows_trained: Transitions that gradients were computed for since construction.
+        rows_trained: Transitions that the student's gradients were computed for since construction.
+        rollouts: Rollouts since construction.
         gap: What `gap_fraction` is a share of, in latent units; 0 until it is first needed, when
             it is measured on a few tasks without noise.
 
@@ -178,6 +188,9 @@ class ReDiFPPO(PPO):
         min_std: float | Schedule = 0.005,
         gap_fraction: float | str | None = "auto",
         ema_decay: float = 0.95,
+        trained: str | None = None,
+        schedule_clip_range: float = 0.2,
+        schedule_ent_coef: float = 0.0,
         target_kl: float | None = None,
         adaptive_lr: bool = False,
         divergence: str | None = None,
@@ -228,6 +241,12 @@ class ReDiFPPO(PPO):
         self.gap = 0.0
         self._gap: Tensor | None = None
         self.ema_decay = check_number("ema_decay", ema_decay, 0, 1)
+        if trained is not None:
+            check_choice("trained", trained, schedule_learning.PARTS)
+        self.trained: Any = trained
+        self.schedule_clip_range = check_number("schedule_clip_range", schedule_clip_range)
+        self.schedule_ent_coef = check_number("schedule_ent_coef", schedule_ent_coef)
+        self.rollouts = 0
         compatibility.check_options(self)
         self.adaptive_coef = (
             None
@@ -241,6 +260,9 @@ class ReDiFPPO(PPO):
         self.updates_skipped = 0
         self._skipped_in_a_row = 0
         self._explored_step: Tensor
+        self._error: Tensor | None = None
+        self._choices = ChoiceRollout(0)
+        self._row: Tensor
         self._start: list[Tensor] = []
         if n_steps is not None:
             n_steps = check_integer("n_steps", n_steps, 1)
@@ -365,10 +387,17 @@ class ReDiFPPO(PPO):
             "min_std": _at(self.min_std, 1.0),
         }
         self._copies_teacher = False
+        free = isinstance(base, ReDiFVectorEnv) and base.timesteps is None
+        self.trained = self.trained or ("both" if free else "student")
         if isinstance(base, ReDiFVectorEnv):
             compatibility.check_process(base)
-            assert base.timesteps is not None
-            defaults["timesteps"] = base.timesteps.tolist()
+            compatibility.check_trained(self, free)
+            grid = base.timesteps
+            if grid is None:
+                grid = schedules.uniform(base.process.schedule, base.max_steps)
+                head = self.policy_kwargs.get("schedule_head") or {}
+                self.policy_kwargs["schedule_head"] = {"min_steps": base.process.min_steps, **head}
+            defaults["timesteps"] = grid.tolist()
             self._copies_teacher = "student" not in self.policy_kwargs
             if self._copies_teacher:
                 defaults["student"] = describe(base.teacher.denoiser, base.teacher.make_solver())
@@ -378,7 +407,7 @@ class ReDiFPPO(PPO):
             )
         self.policy_kwargs = {**defaults, **self.policy_kwargs}
         compatibility.check_timesteps(
-            self.policy_kwargs.get("timesteps", []), defaults.get("timesteps")
+            self.policy_kwargs.get("timesteps", []), defaults.get("timesteps"), free
         )
 
     def _load_teacher_weights(self) -> None:
@@ -400,13 +429,17 @@ class ReDiFPPO(PPO):
         self.policy.set_training_mode(False)
         self._set_exploration()
         rollout_buffer.reset()
+        self._divide_rows(rollout_buffer)
         callback.on_rollout_start()
         statistics = EpisodeStatistics(env.device)
         bounds = self._action_bounds(env.device)
-        for _ in range(n_rollout_steps):
+        running: Tensor | None = None
+        for step in range(n_rollout_steps):
+            if self._schedule_head is not None and step % rollout_buffer.episode_length == 0:
+                running = self._begin_episodes(env, step // rollout_buffer.episode_length)
             observation, starts = self._last_obs, self._last_episode_starts
             with torch.no_grad():
-                actions, record = self._act(observation, rollout_buffer)  # type: ignore[arg-type]
+                actions, record = self._act(observation, rollout_buffer, running)  # type: ignore[arg-type]
                 clipped = actions if bounds is None else actions.clamp(*bounds)
                 self._last_obs, rewards, ended, infos = env.step_tensor(clipped)  # type: ignore[assignment]
                 if not self.trains_student and "final_obs" in infos:
@@ -422,9 +455,19 @@ class ReDiFPPO(PPO):
                 self._last_obs = None
                 self._last_episode_starts = None
                 return False
+            if running is not None and "episode" in infos:
+                infos = {**infos, "_episode": infos["_episode"] & running}
             statistics.add(infos)
-            rollout_buffer.add(observation, actions, rewards, starts, **record)  # type: ignore[arg-type]
+            rollout_buffer.add(
+                observation,  # type: ignore[arg-type]
+                actions,
+                rewards,
+                starts,  # type: ignore[arg-type]
+                running=running,
+                **record,
+            )
             self._add_outcome(rollout_buffer, infos)
+            running = None if running is None else running & ~ended
             self._last_episode_starts = ended  # type: ignore[assignment]
         with torch.no_grad():
             last_values = self._values(self._last_obs)
@@ -434,29 +477,73 @@ class ReDiFPPO(PPO):
         callback.on_rollout_end()
         return True
 
+    @property
+    def _schedule_head(self) -> ScheduleHead | None:
+        return getattr(self.policy, "schedule_head", None)
+
+    def _divide_rows(self, buffer: TorchRolloutBuffer) -> None:
+        """Settle which rows of this rollout explore their steps, and which their times."""
+        choosing = 0
+        if self._schedule_head is not None:
+            choosing = schedule_learning.choosing_rows(
+                self.trained, self.rollouts, self.n_envs, buffer.group_size
+            )
+        buffer.student_rows = self.n_envs - choosing
+        self._choices = ChoiceRollout(choosing)
+        self._row = torch.arange(self.n_envs, device=buffer.device)
+        self.rollouts += 1
+
+    def _begin_episodes(self, env: TorchVecEnv, episode: int) -> Tensor:
+        """Start an episode in every row at the times that the policy chooses; all are running.
+
+        Episodes differ in length: what follows one before all have ended is not trained on.
+        """
+        head = self._schedule_head
+        assert head is not None
+        with torch.no_grad():
+            first = head.first(self.n_envs)
+            choosing = self._row >= self.n_envs - self._choices.num_rows
+            choice = torch.where(choosing, first.sample(), first.mode())
+            running = torch.ones_like(choosing)
+            self._choices.add(None, choice, first, running, episode)
+            env.set_options({"start": head.first_time(choice)})
+        self._last_obs = env.reset_tensor()  # type: ignore[assignment]
+        self._last_episode_starts = running  # type: ignore[assignment]
+        return running
+
     def _add_outcome(self, buffer: TorchRolloutBuffer, infos: Mapping[str, Any]) -> None:
         """Store what episodes that ended leave behind, beside the reward."""
         if not self.trains_student or "episode" not in infos:
             return
+        if not buffer.student_rows:
+            return
+        ended = None if self._schedule_head is None else infos["_episode"]
         if self.credit == "local":
-            buffer.add_reward_map(infos["reward_map"])
+            buffer.add_reward_map(infos["reward_map"], ended)
         if self.advantage == "task":
-            buffer.add_tasks(infos["task"])
+            buffer.add_tasks(infos["task"], ended)
         if self.gap_fraction is not None:
-            state = self.env.env.unwrapped.last_state  # type: ignore[union-attr]
-            error = (state.x_t - state.teacher_x_0).unflatten(0, (-1, buffer.group_size))
-            # The mean of a group, of opposite noise above all, is nearly free of exploration.
-            self._gap = _root_mean_square(error.mean(1))
+            self._add_gap(buffer, ended)
+
+    def _add_gap(self, buffer: TorchRolloutBuffer, ended: Tensor | None) -> None:
+        state = self.env.env.unwrapped.last_state  # type: ignore[union-attr]
+        error = state.x_t - state.teacher_x_0
+        if ended is not None and self._error is not None:
+            error = torch.where(expand(ended, error), error, self._error)
+        self._error = error
+        groups = error[: buffer.student_rows].unflatten(0, (-1, buffer.group_size))
+        # The mean of a group, of opposite noise above all, is nearly free of exploration.
+        self._gap = _root_mean_square(groups.mean(1))
 
     @torch.no_grad()
     def _gap_without_noise(self) -> Tensor:
         """The gap of the tasks that the first episodes start from, or of some of them."""
-        assert isinstance(self.policy, StudentPolicy)
+        policy = self.policy
+        assert isinstance(policy, StudentPolicy)
         state, some = self.env.env.unwrapped.state, slice(GAP_TASKS)  # type: ignore[union-attr]
         condition = None if state.condition is None else state.condition[some]
-        x_0 = schedules.sample(
-            self.policy.denoiser, state.x_T[some], condition, self.policy.timesteps
-        )
+        times = policy.schedule_head or policy.timesteps
+        x_0, _ = sample(policy.denoiser, times, state.x_T[some], condition)
         return _root_mean_square(x_0 - state.teacher_x_0[some])
 
     def _values(self, observation: Any) -> Tensor:
@@ -473,13 +560,49 @@ class ReDiFPPO(PPO):
         clip_range = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
         clip_range_vf = self.clip_range_vf and self.clip_range_vf(self._current_progress_remaining)  # type: ignore[operator]
         history: list[dict[str, Tensor]] = []
-        for _ in range(self.n_epochs):
+        for _ in range(self.n_epochs if self._trains_steps else 0):
             completed = self._train_epoch(clip_range, clip_range_vf, history)
             self._n_updates += 1
             if not completed:
                 break
-        self._adapt(history)
-        self._record(history, clip_range)
+        if history:
+            self._adapt(history)
+            self._record(history, clip_range)
+        if self._choices.num_rows:
+            self._train_choices(self._choices)
+
+    @property
+    def _trains_steps(self) -> bool:
+        """Whether the rollout has transitions to train the student, or another policy, on."""
+        buffer = self.rollout_buffer
+        return not isinstance(buffer, TorchRolloutBuffer) or buffer.student_rows > 0
+
+    def _train_choices(self, choices: ChoiceRollout) -> None:
+        """Update the schedule head with the choices of time that the rollout drew."""
+        buffer, head = self.rollout_buffer, self._schedule_head
+        assert isinstance(buffer, TorchRolloutBuffer)
+        assert head is not None
+        returns = buffer.episode_returns()
+        history: list[dict[str, Tensor]] = []
+        for _ in range(self.n_epochs):
+            batches = choices.batches(
+                returns, buffer.group_size, self.advantage_clip, self.batch_size, buffer.order
+            )
+            for batch in batches:
+                loss, statistics = schedule_learning.loss(
+                    head, batch, self.schedule_clip_range, self.schedule_ent_coef
+                )
+                if not history:
+                    self._check_ratio(statistics.pop("ratio_error"))
+                norms = self._take_step(loss)
+                history.append({**statistics, **norms})
+        for name in history[-1]:
+            if name != "ratio_error":
+                values = torch.stack([entry[name] for entry in history])
+                self.logger.record(f"train/{name}", float(values.mean()))
+        if head.features is None:
+            for step, t in enumerate(head.grid().tolist()[:-1]):
+                self.logger.record(f"schedule/time_{step}", t)
 
     def _adapt(self, history: list[dict[str, Tensor]]) -> None:
         """Move the penalty's coefficient and the learning rate towards their targets."""
@@ -504,17 +627,23 @@ class ReDiFPPO(PPO):
             history.append(statistics)
             if self.target_kl is not None and float(statistics["kl"]) > 1.5 * self.target_kl:
                 return False
-            self.policy.optimizer.zero_grad()
-            loss.backward()
-            norms = self._clip_gradients()
+            skipped = self.updates_skipped
+            statistics.update(self._take_step(loss))
             self.rows_trained += len(batch.actions)
-            statistics.update(norms)
-            if self._is_finite(loss, *norms.values()):
-                self.policy.optimizer.step()
+            if self.updates_skipped == skipped:
                 self.updates += 1
                 if isinstance(self.policy, StudentPolicy):
                     self.policy.update_ema(self.ema_decay, self.updates)
         return True
+
+    def _take_step(self, loss: Tensor) -> dict[str, Tensor]:
+        """Go down the gradient, if it is finite; returns the norms before clipping, by name."""
+        self.policy.optimizer.zero_grad()
+        loss.backward()
+        norms = self._clip_gradients()
+        if self._is_finite(loss, *norms.values()):
+            self.policy.optimizer.step()
+        return norms
 
     def _is_finite(self, loss: Tensor, *grad_norms: Tensor) -> bool:
         """Whether to take this update; counts those not taken, and gives up after a few."""
@@ -577,10 +706,10 @@ class ReDiFPPO(PPO):
         policy = self.policy
         assert batch.old is not None
         assert isinstance(policy, StudentPolicy)
-        distribution = policy.get_distribution(batch.observations)
+        distribution = policy.step_distribution(batch.observations, batch.actions)
         mean, std = distribution.gaussian
         new_std = None if policy.step_scale is None else std
-        x_s = batch.actions.reshape(mean.shape)
+        x_s = batch.actions[:, : mean[0].numel()].reshape(mean.shape)
         log_ratio_map = transition.log_ratio_map(x_s, mean, batch.old, new_std).flatten(1)
         return Evaluation(
             log_ratio=losses.reduce_log_ratio(log_ratio_map, self.ratio),
@@ -598,7 +727,7 @@ class ReDiFPPO(PPO):
         assert self.divergence is not None
         assert isinstance(self.policy, StudentPolicy)
         with torch.no_grad():
-            reference = self.policy.reference_means(batch.observations)
+            reference = self.policy.reference_means(batch.observations, batch.actions)
         ref = Gaussian(reference, batch.old.std)
         return divergence_map(self.divergence, new, ref, self.divergence_alpha).flatten(1)
 
@@ -645,6 +774,7 @@ class ReDiFPPO(PPO):
                 group["params"], self.max_grad_norm
             )
             for group in self.policy.optimizer.param_groups
+            if any(parameter.grad is not None for parameter in group["params"])
         }
 
     def _actor_parameters(self) -> list[Tensor]:
@@ -671,17 +801,33 @@ class ReDiFPPO(PPO):
             self.policy.min_std = min_std
 
     def _act(
-        self, observation: Mapping[str, Tensor], buffer: TorchRolloutBuffer
+        self,
+        observation: Mapping[str, Tensor],
+        buffer: TorchRolloutBuffer,
+        running: Tensor | None,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Actions `(N, A)`, and what the buffer keeps beside them."""
         if isinstance(self.policy, StudentPolicy):
-            rows = None if self.window is None else self._exploring_rows(buffer)
-            actions, values, gaussian = self.policy.explore(observation, rows, self.antithetic)
-            return actions, {"values": values, "gaussian": gaussian}
+            rows = self._exploring_rows(buffer)
+            choosing = None if running is None else self._row >= buffer.student_rows
+            explored = self.policy.explore(observation, rows, self.antithetic, choosing)
+            if explored.choice is not None and running is not None:
+                drawn = explored.actions[:, -1]
+                episode = buffer.pos // buffer.episode_length
+                self._choices.add(observation, drawn, explored.choice, running, episode)
+            return explored.actions, {"values": explored.values, "gaussian": explored.gaussian}
         actions, values, log_prob = self.policy(observation)
         return actions, {"values": values, "log_prob": log_prob}
 
-    def _exploring_rows(self, buffer: TorchRolloutBuffer) -> Tensor:
+    def _exploring_rows(self, buffer: TorchRolloutBuffer) -> Tensor | None:
+        """The rows that explore in the current step, bool `(N,)`; None: all."""
+        exploring = None if self.window is None else self._rows_in_window(buffer)
+        if buffer.student_rows == self.n_envs:
+            return exploring
+        student = self._row < buffer.student_rows
+        return student if exploring is None else student & exploring
+
+    def _rows_in_window(self, buffer: TorchRolloutBuffer) -> Tensor:
         """The rows whose window of stochastic steps holds the current one, bool `(N,)`."""
         length = buffer.episode_length
         step = buffer.pos % length
@@ -759,6 +905,9 @@ class ReDiFPPO(PPO):
             "_explored_step",
             "_start",
             "_gap",
+            "_error",
+            "_choices",
+            "_row",
         ]
 
 

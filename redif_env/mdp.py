@@ -52,7 +52,8 @@ class Process:
         timesteps: The fixed grid, float32 `(max_steps + 1,)`; None for a free schedule.
         candidates: The grid that discrete choices pick from, float32 `(M + 1,)`: the start, then
             the M times to choose from, the last of them 0. None without discrete choices.
-        min_steps: Fewest steps of an episode that chooses from `candidates`.
+        min_steps: Fewest steps of an episode that chooses its times.
+        start: Where trajectories of a free schedule start; None: at the largest time.
         action_type: What the step output is: `"latent"` for `x_s` itself, or a prediction type
             from which the deterministic DDIM step is taken.
         step_cost: Taken from the final reward for each network evaluation.
@@ -67,6 +68,7 @@ class Process:
     timesteps: Tensor | None = None
     candidates: Tensor | None = None
     min_steps: int = 1
+    start: float | None = None
     action_type: str = "latent"
     step_cost: float = 0.0
     nfe_per_step: int = 1
@@ -78,15 +80,21 @@ class Process:
         """Number of schedule coordinates in an action: 1 when the schedule is free, else 0."""
         return 1 if self.timesteps is None else 0
 
+    @property
+    def first_time(self) -> Tensor | float:
+        """The time that trajectories start at."""
+        grid = self.candidates if self.timesteps is None else self.timesteps
+        if grid is not None:
+            return grid[0]
+        return self.schedule.max_timestep if self.start is None else self.start
+
 
 def initial(process: Process, bank: TeacherBank, rows: Tensor) -> EnvState:
     """The states that the bank's tasks `rows`, int64 `(N,)`, start in."""
     x_T = bank.x_T[rows]
-    grid = process.candidates if process.timesteps is None else process.timesteps
-    start = process.schedule.max_timestep if grid is None else grid[0]
     return EnvState(
         x_t=x_T,
-        t=torch.zeros(len(rows), device=x_T.device) + start,
+        t=torch.zeros(len(rows), device=x_T.device) + process.first_time,
         step_index=torch.zeros(len(rows), dtype=torch.int64, device=x_T.device),
         x_T=x_T,
         teacher_x_0=bank.teacher_x_0[rows],
@@ -155,19 +163,45 @@ def next_time(process: Process, state: EnvState, choice: Tensor) -> Tensor:
     """
     if process.timesteps is not None:
         return process.timesteps[state.step_index + 1]
-    s = schedules.decode_choice(choice[:, 0], state.t, process.schedule)
-    return torch.where(state.step_index + 1 >= process.max_steps, 0.0, s)
+    return schedules.next_time(
+        choice[:, 0],
+        state.t,
+        state.step_index,
+        process.schedule,
+        max_steps=process.max_steps,
+        min_steps=process.min_steps,
+    )
 
 
 def observation(process: Process, state: EnvState) -> dict[str, Tensor]:
     """What the agent sees; tensors that share no memory with the state."""
+    condition = None if state.condition is None else state.condition.clone()
+    return observe(
+        state.x_t.clone(),
+        state.t,
+        state.step_index,
+        condition,
+        process.schedule,
+        process.max_steps,
+    )
+
+
+def observe(
+    x_t: Tensor,
+    t: Tensor,
+    step_index: Tensor,
+    condition: Tensor | None,
+    schedule: NoiseSchedule,
+    max_steps: int,
+) -> dict[str, Tensor]:
+    """What an agent sees of N latents at times `t` after `step_index` of `max_steps` steps."""
     seen = {
-        "latents": state.x_t.clone(),
-        "timestep": (state.t / process.schedule.num_train_timesteps).unsqueeze(1),
-        "steps_left": (1 - state.step_index / process.max_steps).unsqueeze(1),
+        "latents": x_t,
+        "timestep": (t / schedule.num_train_timesteps).unsqueeze(1),
+        "steps_left": (1 - step_index / max_steps).unsqueeze(1),
     }
-    if state.condition is not None:
-        seen["condition"] = state.condition.clone()
+    if condition is not None:
+        seen["condition"] = condition
     return seen
 
 
@@ -196,6 +230,17 @@ def reward(process: Process, state: EnvState) -> tuple[Tensor, Tensor | None]:
 def terminal(process: Process, state: EnvState) -> Tensor:
     """Which trajectories have reached the data, bool `(N,)`."""
     return state.t <= 0
+
+
+def stay_ended(process: Process, before: EnvState, after: EnvState) -> EnvState:
+    """`after`, but `before` in the rows that had ended: for going on until all have."""
+    ended = terminal(process, before)
+    return replace(
+        after,
+        x_t=torch.where(expand(ended, before.x_t), before.x_t, after.x_t),
+        t=torch.where(ended, before.t, after.t),
+        step_index=torch.where(ended, before.step_index, after.step_index),
+    )
 
 
 def _step_output(process: Process, state: EnvState, output: Tensor, s: Tensor) -> Tensor:

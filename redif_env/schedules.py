@@ -200,11 +200,43 @@ def decode_choice(choice: Tensor, t: Tensor, schedule: NoiseSchedule) -> Tensor:
     return torch.minimum(kept, (t - gap).clamp_min(0))
 
 
+def next_time(
+    choice: Tensor,
+    t: Tensor,
+    step_index: Tensor,
+    schedule: NoiseSchedule,
+    *,
+    max_steps: int,
+    min_steps: int = 1,
+) -> Tensor:
+    """`decode_choice`, such that every episode has `min_steps` to `max_steps` steps.
+
+    Args:
+        choice: float `(N,)` in [-1, 1].
+        t: Current times, float `(N,)`, > 0.
+        step_index: Steps made, int64 `(N,)`; -1 for the choice of the first time.
+        schedule: Noise schedule that the times belong to.
+        max_steps: The last of these goes to 0 whatever the choice.
+        min_steps: A choice that would leave fewer takes the nearest time that does not.
+
+    Returns:
+        `s`, float `(N,)`, on the schedule, `0 <= s < t`.
+    """
+    steps_after = (min_steps - 1 - step_index).clamp_min(0)
+    s = torch.maximum(decode_choice(choice, t, schedule), min_gap(schedule) * steps_after)
+    return torch.where(step_index + 1 >= max_steps, 0.0, s)
+
+
+def before_first(schedule: NoiseSchedule) -> float:
+    """The time that the choice of the first time is made at: one gap above the largest."""
+    return schedule.max_timestep + min_gap(schedule)
+
+
 def encode_choice(s: Tensor, t: Tensor) -> Tensor:
     """The coordinate that `decode_choice` turns into `s`, float `(N,)` in [-1, 1]."""
     return 2 * s / t - 1
 
 
 def min_gap(schedule: NoiseSchedule) -> float:
-    """The smallest step in time that a choice can take: a thousandth of the axis."""
-    return max(1.0, schedule.num_train_timesteps / 1000)
+    """The smallest step in time that a choice can take: a thousandth of the axis, rounded up."""
+    return float(math.ceil(schedule.num_train_timesteps / 1000))

@@ -84,6 +84,9 @@ class ReDiFVectorEnv(VectorEnv):
         teacher: Bundled name, diffusers folder, or `Teacher`.
         num_steps: Most steps of an episode; default 4, or the length of a listed schedule.
         schedule: `"free"`, a grid name (`"uniform"`, `"karras"`) or a list of times.
+        start: Where a free schedule starts; default: at the largest time. Few steps do better when
+            they start a little later. `reset(options={"start": times})` overrides it.
+        min_steps: Fewest steps of an episode of a free schedule.
         reward: A `Reward` or the name of one, such as `"mse + 0.5*ssim"`.
         action_type: `"latent"` or a diffusers prediction type.
         step_cost: Reward taken for each network evaluation.
@@ -118,6 +121,8 @@ class ReDiFVectorEnv(VectorEnv):
         *,
         num_steps: int | None = None,
         schedule: str | Sequence[float] | Tensor = FREE,
+        start: float | None = None,
+        min_steps: int | None = None,
         reward: str | Reward = "mse",
         action_type: str = "latent",
         step_cost: float = 0.0,
@@ -172,6 +177,7 @@ class ReDiFVectorEnv(VectorEnv):
             nfe_per_step=denoiser.nfe,
             student=copy.deepcopy(denoiser) if residual else None,
             residual_scale=residual_scale,
+            **_check_free(start, min_steps, timesteps, max_steps, denoiser.schedule),
         )
         self._bank = None if bank is None else _check_bank(bank, denoiser).to(self.device)
         self._make_spaces()
@@ -221,8 +227,10 @@ class ReDiFVectorEnv(VectorEnv):
         Args:
             seed: Makes the tasks from here on reproducible. Without one, new tasks follow.
             options: `{"tasks": rows}` starts the episodes from those rows of the bank, integers
-                `(num_envs,)`.
+                `(num_envs,)`. `{"start": times}` starts the episodes of a free schedule there,
+                times of the model, float `(num_envs,)`; those that follow start as usual.
         """
+        options = options or {}
         if seed is not None:
             seed = check_integer("seed", seed, 0)
             super().reset(seed=seed)
@@ -230,9 +238,13 @@ class ReDiFVectorEnv(VectorEnv):
             self._episodes = torch.zeros(self.num_envs, dtype=torch.int64, device=self.device)
         elif self._state is None:
             self._episodes = torch.zeros(self.num_envs, dtype=torch.int64, device=self.device)
-        tasks = self._chosen_tasks(options) if options and "tasks" in options else self._draw()
+        else:  # rows that ended more often than their neighbours must not leave their group
+            self._episodes = self._episodes.amax().expand(self.num_envs)
+        tasks = self._chosen_tasks(options) if "tasks" in options else self._draw()
+        start = self._chosen_start(options) if "start" in options else None
         self._tasks = tasks
-        self._state = mdp.initial(self.process, self.bank, tasks)
+        state = mdp.initial(self.process, self.bank, tasks)
+        self._state = state if start is None else dataclasses.replace(state, t=start)
         self._step_count = 0
         self._bad_action = torch.zeros(2, dtype=torch.bool, device=self.device)
         self._bad_reward = torch.zeros((), dtype=torch.bool, device=self.device)
@@ -344,6 +356,27 @@ class ReDiFVectorEnv(VectorEnv):
                 f"pass {self.num_envs} integers, each in [0, {size}).",
             )
         return tasks.to(self.device, torch.int64)
+
+    def _chosen_start(self, options: dict[str, Any]) -> Tensor:
+        """Checked on the CPU; elsewhere snapped to the model's times, as looking makes it wait."""
+        given, noise = options["start"], self.process.schedule
+        try:
+            start = torch.as_tensor(given, dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError):
+            start = torch.empty(0)
+        fixed = self.process.timesteps is not None or self.process.candidates is not None
+        least = self.process.min_steps * schedules.min_gap(noise)
+        fits = start.shape == (self.num_envs,) and not fixed
+        if fits and start.device.type == "cpu":
+            fits = bool(((start >= least) & (noise.snap(start) == start)).all())
+        if not fits:
+            raise InvalidArgumentError(
+                "options['start']",
+                given,
+                f"pass {self.num_envs} times of the model of at least {least:g}, with a free "
+                "schedule.",
+            )
+        return noise.snap(start.to(self.device)).clamp_min(least)
 
     def _check_action(self, actions: Tensor | np.ndarray) -> Tensor:
         """The actions as a tensor of our own; bad values are flagged and made harmless."""
@@ -488,6 +521,32 @@ def _resolve_schedule(
         return schedules.make_grid(grid, noise, num_steps or len(grid) - 1), len(grid) - 1
     steps = num_steps or DEFAULT_NUM_STEPS
     return (None if spec == FREE else schedules.make_grid(spec, noise, steps)), steps
+
+
+def _check_free(
+    start: float | None,
+    min_steps: int | None,
+    timesteps: Tensor | None,
+    max_steps: int,
+    noise: NoiseSchedule,
+) -> dict[str, Any]:
+    """`start` and `min_steps` of a free schedule; a fixed one has its own."""
+    for name, value in (("start", start), ("min_steps", min_steps)):
+        if value is not None and timesteps is not None:
+            raise InvalidArgumentError(name, value, "leave it out, or pass schedule='free'.")
+    if start is not None:
+        start = check_number("start", start)
+        if start <= 0 or float(noise.snap(torch.tensor(start))) != start:
+            raise InvalidArgumentError(
+                "start", start, f"pass a time of the model, at most {noise.max_timestep:g}."
+            )
+    min_steps = 1 if min_steps is None else check_integer("min_steps", min_steps, 1)
+    room = (noise.max_timestep if start is None else start) / schedules.min_gap(noise)
+    if min_steps > min(max_steps, room):
+        raise InvalidArgumentError(
+            "min_steps", min_steps, f"pass at most {min(max_steps, room):g}."
+        )
+    return {"start": start, "min_steps": min_steps}
 
 
 def _check_bank(bank: TeacherBank, denoiser: Denoiser) -> TeacherBank:

@@ -389,9 +389,11 @@ def test_the_first_ratio_is_one(make_model, iterations):
     def root_mean_square(model) -> None:
         batch = next(iter(model.rollout_buffer.get(ITERATION)))
         policy = model.policy
-        for means in (lambda obs: policy.gaussian(obs).mean, policy.reference_means):
-            with torch.no_grad():
-                mean = means(batch.observations)
+        obs, actions = batch.observations, batch.actions
+        with torch.no_grad():
+            trained = policy.step_distribution(obs, actions).gaussian.mean
+            reference = policy.reference_means(obs, actions)
+        for mean in (trained, reference):
             x_s = batch.actions.reshape(mean.shape)
             log_ratio = transition.log_ratio_map(x_s, mean, batch.old)
             errors.append(log_ratio.square().mean().sqrt().item())

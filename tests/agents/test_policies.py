@@ -142,7 +142,7 @@ def test_explore_keeps_the_gaussian_it_drew_from(make_policy, env):
     with torch.no_grad():
         torch.manual_seed(0)
         explored = policy.explore(obs)
-        mean = policy.gaussian(obs).mean
+        mean = policy.get_distribution(obs).gaussian.mean
     torch.manual_seed(0)
     noise = torch.randn(8, 1, 8, 8)
     torch.testing.assert_close(explored.gaussian.mean, mean)
@@ -156,9 +156,13 @@ def test_the_student_stays_in_evaluation_mode(make_policy, env):
     policy.set_training_mode(True)
     assert policy.value_critic.training
     assert not policy.denoiser.training
-    assert torch.equal(policy.gaussian(obs).mean, policy.gaussian(obs).mean)
+    assert torch.equal(
+        policy.get_distribution(obs).gaussian.mean, policy.get_distribution(obs).gaussian.mean
+    )
     policy.denoiser.network.train()  # negative control: in training mode it would be random
-    assert not torch.equal(policy.gaussian(obs).mean, policy.gaussian(obs).mean)
+    assert not torch.equal(
+        policy.get_distribution(obs).gaussian.mean, policy.get_distribution(obs).gaussian.mean
+    )
 
 
 def test_the_average_moves_by_its_share(make_policy):

@@ -13,7 +13,7 @@ from tripwire import Tripwire, arm, count_reads
 
 import redif_env
 from redif_env import MSE, PSNR, ReDiFVectorEnv, Reward, TeacherBank, check_vector_env, schedules
-from redif_env.errors import InvalidActionError, InvalidRewardError
+from redif_env.errors import InvalidActionError, InvalidArgumentError, InvalidRewardError
 from redif_env.vector_env import task_hash
 
 DIM = 64
@@ -376,6 +376,85 @@ def test_tasks_can_be_chosen(make, tasks):
     env = make(3)
     observation, _ = env.reset(options={"tasks": tasks})
     assert torch.equal(observation["latents"], env.bank.x_T[1:4])
+
+
+def test_a_free_schedule_starts_where_it_is_told(make):
+    """The constructor's start holds for every episode, `reset`'s for the first of each row."""
+    env = make(start=850.0, num_steps=2)
+    assert env.reset(seed=0)[0]["timestep"].tolist() == [[pytest.approx(0.85)]] * 4
+    starts = [900.0, 700.0, 30.0, 999.0]
+    obs, _ = env.reset(options={"start": torch.tensor(starts)})
+    assert env.state.t.tolist() == starts
+    assert torch.equal(env.state.x_t, env.state.x_T)
+    obs, *_ = env.step(choosing(env, [KEEP, END, END, KEEP]))
+    assert env.state.t.tolist() == [450.0, 850.0, 850.0, 500.0]
+    assert torch.equal(obs["latents"][1], env.state.x_T[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "start"),
+    [
+        ({}, [900.0, 700.0]),
+        ({}, [900.0, 700.0, 30.0, 1000.0]),
+        ({}, [900.0, 700.0, 30.0, 0.0]),
+        ({}, [900.0, 700.0, 30.0, 0.5]),
+        ({}, [900.0, 700.0, 30.0, float("nan")]),
+        ({}, "early"),
+        ({"min_steps": 3}, [900.0, 700.0, 30.0, 2.0]),
+        ({"schedule": "uniform"}, [900.0, 700.0, 30.0, 999.0]),
+    ],
+)
+def test_a_bad_start_is_refused(make, options, start):
+    env = make(**options)
+    env.reset(seed=0)
+    before = env.state
+    with pytest.raises(InvalidArgumentError, match="options\\['start'\\]"):
+        env.reset(options={"start": start})
+    assert env.state is before
+
+
+@pytest.mark.parametrize("min_steps", [1, 2, 3, 4])
+def test_no_episode_has_fewer_steps(make, min_steps):
+    """However eager the choices; rows that follow their neighbours' end included."""
+    env = make(num_steps=4, min_steps=min_steps)
+    env.reset(seed=0)
+    lengths = []
+    for _ in range(12):
+        *_, ended, _, infos = env.step(choosing(env, [END, END, -0.9, KEEP]))
+        lengths += infos["episode"]["l"][ended].tolist()
+    assert min(lengths) == min_steps
+    assert max(lengths) == 4
+
+
+@pytest.mark.parametrize(
+    ("argument", "options"),
+    [
+        ("start", {"start": 0.0}),
+        ("start", {"start": 1000.0}),
+        ("start", {"start": 10.5}),
+        ("start", {"start": 850.0, "schedule": "uniform"}),
+        ("min_steps", {"min_steps": 0}),
+        ("min_steps", {"min_steps": 5}),
+        ("min_steps", {"min_steps": 3, "start": 2.0}),
+        ("min_steps", {"min_steps": 2, "schedule": "uniform"}),
+    ],
+)
+def test_bad_options_of_a_free_schedule_are_refused(make, argument, options):
+    with pytest.raises(InvalidArgumentError) as caught:
+        make(**options)
+    assert caught.value.argument == argument
+
+
+def test_a_reset_brings_groups_together_again(make):
+    """Rows that ended more often than their neighbours had drifted away from their tasks."""
+    env = make(4, group_size=2, num_steps=3)
+    env.reset(seed=0)
+    env.step(choosing(env, [END, KEEP, KEEP, KEEP]))
+    assert not torch.equal(env.state.x_T[0], env.state.x_T[1])
+    env.reset()
+    assert torch.equal(env.state.x_T[0], env.state.x_T[1])
+    assert torch.equal(env.state.x_T[2], env.state.x_T[3])
+    assert not torch.equal(env.state.x_T[0], env.state.x_T[2])
 
 
 def test_residual_zero_actions_are_the_few_step_baseline(make, teacher, bank):
