@@ -1,7 +1,6 @@
 """When to step: distributions over the next time, and the heads that give them.
 
-A choice is one action coordinate, `redif_env.schedules.decode_choice`'s. Beyond [-1, 1] it means
-the nearest end, which is how Stable-Baselines3 too treats actions outside their Box.
+A choice is one action coordinate in [-1, 1], `redif_env.schedules.decode_choice`'s.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from redif_env.noise import NoiseSchedule
 from .critics import Features
 
 KINDS = ("beta", "categorical")
-# The Beta covers this much below "go straight to the data", so that it has a finite probability.
-OVERSHOOT = 0.1
+STOP = -1.0  # the choice that goes straight to the data
 # Beta's density does not exist at the ends, where float32 can round to.
 MARGIN = 1e-4
+STOP_RANGE = 50.0  # log-odds that float32 takes for certainty
 
 
 class Choice(ABC):
@@ -42,11 +41,11 @@ class Choice(ABC):
 
     def sample(self) -> Tensor:
         """Draw choices, float32 `(N,)`."""
-        return torch.where(self.decides, self._sample(), -1.0)
+        return torch.where(self.decides, self._sample(), STOP)
 
     def mode(self) -> Tensor:
         """The most likely choices, float32 `(N,)`, in [-1, 1]."""
-        return torch.where(self.decides, self._mode(), -1.0).clamp(-1, 1)
+        return torch.where(self.decides, self._mode(), STOP)
 
     def log_prob(self, choice: Tensor) -> Tensor:
         """Log-density (of a discrete choice, log-probability) of choices `(N,)`, `(N,)`."""
@@ -70,41 +69,47 @@ class Choice(ABC):
 
 
 class BetaChoice(Choice):
-    """The share of the time that is kept follows a Beta distribution, as in TPDM (2412.01243).
+    """Stop with some probability; else the share of the time that is kept is Beta's (2412.01243).
 
-    `kept = b (1 + o) - o` with `b ~ Beta(1 + k m, 1 + k (1 - m))` and `o = OVERSHOOT`: given by its
-    mode m and concentration k it is never bimodal, and its mode can be learned without its width.
-    All of `kept <= 0` goes straight to the data.
+    To stop is to go straight to the data. `kept ~ Beta(1 + k m, 1 + k (1 - m))`, given by its mode
+    m and concentration k, is never bimodal, and its mode can be learned without its width.
 
     Args:
         mode: m in (0, 1), `(N,)`.
         concentration: k > 0, `(N,)`.
+        stop: Log-odds of stopping, `(N,)`.
+        may_stop: Where stopping is allowed, bool `(N,)`.
         decides: As for `Choice`.
     """
 
-    def __init__(self, mode: Tensor, concentration: Tensor, decides: Tensor) -> None:
+    def __init__(
+        self, mode: Tensor, concentration: Tensor, stop: Tensor, may_stop: Tensor, decides: Tensor
+    ) -> None:
         super().__init__(decides)
         self.most_likely = mode
+        self.stop = stop.masked_fill(~may_stop, -STOP_RANGE)
         first, second = 1 + concentration * mode, 1 + concentration * (1 - mode)
         self.beta = Beta(first, second, validate_args=False)
 
     def _sample(self) -> Tensor:
-        return _stretched(self.beta.sample().clamp(MARGIN, 1 - MARGIN))
+        kept = self.beta.sample().clamp(MARGIN, 1 - MARGIN)
+        stops = torch.rand_like(kept) < self.stop.sigmoid()
+        return torch.where(stops, STOP, 2 * kept - 1)
 
     def _mode(self) -> Tensor:
-        return _stretched(self.most_likely)
+        """Stopping counts as more likely from one half on; densities are no probabilities."""
+        return torch.where(self.stop > 0, STOP, 2 * self.most_likely - 1)
 
     def _log_prob(self, choice: Tensor) -> Tensor:
-        inner = ((choice + 1) / 2 + OVERSHOOT) / (1 + OVERSHOOT)
-        return self.beta.log_prob(inner.clamp(MARGIN, 1 - MARGIN)) - math.log(2 * (1 + OVERSHOOT))
+        kept = ((choice + 1) / 2).clamp(MARGIN, 1 - MARGIN)
+        goes_on = nn.functional.logsigmoid(-self.stop) + self.beta.log_prob(kept) - math.log(2)
+        return torch.where(choice <= STOP, nn.functional.logsigmoid(self.stop), goes_on)
 
     def _entropy(self) -> Tensor:
-        return self.beta.entropy() + math.log(2 * (1 + OVERSHOOT))
-
-
-def _stretched(inner: Tensor) -> Tensor:
-    """The choice for a place in (0, 1) of the Beta's range."""
-    return 2 * (inner * (1 + OVERSHOOT) - OVERSHOOT) - 1
+        """Of whether to stop, and of the time if not."""
+        odds = self.stop.sigmoid()
+        whether = nn.functional.softplus(self.stop) - odds * self.stop
+        return whether + (1 - odds) * (self.beta.entropy() + math.log(2))
 
 
 class CategoricalChoice(Choice):
@@ -132,6 +137,7 @@ class CategoricalChoice(Choice):
         lowest = torch.finfo(logits.dtype).min
         masked = logits.masked_fill(~valid, lowest)
         self.categorical = Categorical(logits=masked, validate_args=False)
+        self.valid = valid
         self.candidates = candidates
         self.t = t
         self.noise = noise
@@ -140,7 +146,10 @@ class CategoricalChoice(Choice):
         return self._encode(self.categorical.sample())
 
     def _mode(self) -> Tensor:
-        return self._encode(self.categorical.logits.argmax(1))
+        """As for `BetaChoice`: to stop takes one half."""
+        logits = self.categorical.logits
+        stops = (logits[:, -1] > math.log(0.5)) | ~self.valid[:, :-1].any(1)
+        return self._encode(torch.where(stops, logits.shape[1] - 1, logits[:, :-1].argmax(1)))
 
     def _log_prob(self, choice: Tensor) -> Tensor:
         s = schedules.decode_choice(choice, self.t, self.noise)
@@ -169,6 +178,7 @@ class ScheduleHead(nn.Module, ABC):
         adaptive: Whether samples differ in their times, and so in their number of steps.
         min_steps: Fewest steps.
         width: Hidden units of the adaptive network.
+        stop_prob: Probability of going straight to the data, at first, where a step may.
     """
 
     def __init__(
@@ -179,9 +189,11 @@ class ScheduleHead(nn.Module, ABC):
         adaptive: bool,
         min_steps: int,
         width: int,
+        stop_prob: float = 0.1,
     ) -> None:
         super().__init__()
         self.noise = noise
+        self.stop_prob = check_number("stop_prob", stop_prob, 1e-6, 1 - 1e-6)
         self.max_steps = len(grid) - 1
         self.min_steps = min_steps
         first = torch.tensor([schedules.before_first(noise)])
@@ -263,13 +275,22 @@ class ScheduleHead(nn.Module, ABC):
     def _decides(self, step_index: Tensor) -> Tensor:
         return step_index + 1 < self.max_steps
 
+    def _steps_after(self, step_index: Tensor) -> Tensor:
+        """How many steps must follow the next one at least, `(N,)`."""
+        return (self.min_steps - 1 - step_index).clamp_min(0)
+
+    @property
+    def _stop_log_odds(self) -> float:
+        return math.log(self.stop_prob / (1 - self.stop_prob))
+
 
 class BetaHead(ScheduleHead):
     """Any time: see `BetaChoice`.
 
     Args:
         args, kwargs: For `ScheduleHead`.
-        concentration: k at the start; the std of what is kept is then at most `0.5 / sqrt(k)`.
+        concentration: k at the start; the std of the share that is kept is then at most
+            `0.5 / sqrt(k)`.
     """
 
     def __init__(self, *args: Any, concentration: float = 100.0, **kwargs: Any) -> None:
@@ -277,13 +298,18 @@ class BetaHead(ScheduleHead):
         super().__init__(*args, **kwargs)
 
     def initial(self, t: Tensor, s: Tensor) -> Tensor:
-        mode = ((s / t + OVERSHOOT) / (1 + OVERSHOOT)).clamp(0.01, 0.99)
+        mode = (s / t).clamp(0.01, 0.99)
         width = torch.full_like(mode, math.log(math.expm1(self.concentration)))
-        return torch.stack([mode.logit(), width], 1)
+        return torch.stack([mode.logit(), width, torch.full_like(mode, self._stop_log_odds)], 1)
 
     def distribution(self, raw: Tensor, t: Tensor, step_index: Tensor) -> Choice:
-        concentration = nn.functional.softplus(raw[:, 1])
-        return BetaChoice(raw[:, 0].sigmoid(), concentration, self._decides(step_index))
+        return BetaChoice(
+            mode=raw[:, 0].sigmoid(),
+            concentration=nn.functional.softplus(raw[:, 1]),
+            stop=raw[:, 2],
+            may_stop=self._steps_after(step_index) == 0,
+            decides=self._decides(step_index),
+        )
 
 
 class CategoricalHead(ScheduleHead):
@@ -323,14 +349,15 @@ class CategoricalHead(ScheduleHead):
 
     def initial(self, t: Tensor, s: Tensor) -> Tensor:
         distance = (self._times - s[:, None]) / self.noise.num_train_timesteps
-        return -(distance**2) / (2 * self.spread**2)
+        logits = -(distance**2) / (2 * self.spread**2)
+        logits[:, -1] = logits[:, :-1].logsumexp(1) + self._stop_log_odds
+        return logits
 
     def distribution(self, raw: Tensor, t: Tensor, step_index: Tensor) -> Choice:
         noise, candidates = self.noise, self.candidates
         below = len(candidates) - 1 - torch.arange(len(candidates), device=t.device)
-        steps_after = (self.min_steps - 1 - step_index).clamp_min(0)
         valid = candidates <= (t - schedules.min_gap(noise)).clamp_min(0).unsqueeze(1)
-        valid &= below >= steps_after.unsqueeze(1)
+        valid &= below >= self._steps_after(step_index).unsqueeze(1)
         valid[:, -1] |= ~valid.any(1)
         decides = self._decides(step_index)
         return CategoricalChoice(raw, valid, candidates, t, noise, decides)
@@ -357,7 +384,8 @@ def make_head(
         adaptive: Whether samples differ in their times; else all share one grid.
         min_steps: Fewest steps; the environment's.
         width: Hidden units of the network of an adaptive schedule.
-        options: `concentration` of `BetaHead`; `candidates` and `spread` of `CategoricalHead`.
+        options: `stop_prob`; `concentration` of `BetaHead`; `candidates` and `spread` of
+            `CategoricalHead`.
 
     Raises:
         InvalidArgumentError: for a kind or option that does not exist.
@@ -365,7 +393,7 @@ def make_head(
     check_choice("schedule_head['kind']", kind, KINDS)
     known = {"beta": ("concentration",), "categorical": ("candidates", "spread")}[kind]
     for name in options:
-        check_choice(f"option of schedule_head {kind!r}", name, known)
+        check_choice(f"option of schedule_head {kind!r}", name, ("stop_prob", *known))
     make = BetaHead if kind == "beta" else CategoricalHead
     width = check_integer("width", width, 1)
     return make(

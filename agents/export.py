@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
 from redif_env.denoiser import Denoiser
 from redif_env.errors import InvalidArgumentError
-from redif_env.loading import METADATA
-from redif_env.schedules import explicit
+from redif_env.loading import METADATA, find_folder, load_denoiser, load_scheduler
+from redif_env.noise import VPSchedule
+from redif_env.schedules import explicit, min_gap
 
+from . import portable
+from .choices import CategoricalHead, ScheduleHead
 from .lora import merge
+from .portable.head import ScheduleHead as PortableHead
+from .portable.pipeline import AdaptivePipeline
 
 SNIPPET = """\
 import json, torch
@@ -57,22 +64,54 @@ or another number of steps give worse samples.
 """
 
 
+ADAPTIVE_SNIPPET = """\
+import torch
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained(".", trust_remote_code=True)
+noise = torch.Generator().manual_seed(0)
+x, num_steps = pipeline(10, {labels}generator=noise)
+"""
+
+ADAPTIVE_CARD = """\
+---
+library_name: diffusers
+tags: [redif, few-step]
+---
+# A student of {min_steps} to {max_steps} steps
+
+Distilled with ReDiF. It chooses for each sample when to step, and how often. Sample it in this
+folder, with diffusers and the code of this folder (`pipeline.py`, `schedule_head/head.py`: read it
+first):
+
+```python
+{snippet}```
+
+`x` then holds ten samples in [-1, 1], and `num_steps` the steps that each one took.
+"""
+
+
 def export_student(
-    student: Denoiser, timesteps: Tensor, scheduler_config: Any, folder: str | Path
+    student: Denoiser,
+    timesteps: Sequence[float] | Tensor | ScheduleHead,
+    scheduler_config: Any,
+    folder: str | Path,
 ) -> Path:
     """Write a student as a diffusers folder: `unet/`, `scheduler/`, `redif.json`, `README.md`.
 
     The scheduler is diffusers' DPMSolverMultistep of order 1, which equals DDIM at eta = 0 and,
-    unlike diffusers' DDIMScheduler, steps through any list of timesteps.
+    unlike diffusers' DDIMScheduler, steps through any list of timesteps. A student with an adaptive
+    schedule comes with code of its own, a pipeline and a `schedule_head/`, and is loaded with
+    `trust_remote_code=True`, or without by `load_adaptive`.
 
     Args:
         student: The denoiser; its network must be a diffusers model. Adapters are merged.
-        timesteps: Its grid, with or without the final 0.
+        timesteps: Its grid, with or without the final 0, or its schedule head.
         scheduler_config: Config of the scheduler that the teacher was trained with.
         folder: Where to write; must not exist. Appears complete or not at all.
 
     Raises:
-        InvalidArgumentError: if the folder exists or the network is not a diffusers model.
+        InvalidArgumentError: if the folder exists, the network is not a diffusers model, or an
+            adaptive schedule is of another kind than VP.
     """
     folder = Path(folder)
     if folder.exists():
@@ -83,34 +122,110 @@ def export_student(
         raise InvalidArgumentError(
             "student", type(network).__name__, "only diffusers models can be exported."
         )
-    grid = explicit(timesteps, student.schedule)
+    adaptive: ScheduleHead | None = None
+    if isinstance(timesteps, ScheduleHead):
+        adaptive = timesteps if timesteps.features is not None else None
+        timesteps = timesteps.grid() if adaptive is None else []
+    if adaptive is not None and not isinstance(student.schedule, VPSchedule):
+        raise InvalidArgumentError(
+            "timesteps",
+            type(student.schedule).__name__,
+            "only students with alphas_cumprod can be exported with an adaptive schedule.",
+        )
+    grid = None if adaptive is not None else explicit(timesteps, student.schedule)
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        _write_folder(temporary, student, grid, scheduler_config)
+        network.save_pretrained(temporary / "unet")
+        make_scheduler(scheduler_config, student).save_pretrained(temporary / "scheduler")
+        if adaptive is not None:
+            _write_adaptive(temporary, student, adaptive)
+        elif grid is not None:
+            _write_fixed(temporary, student, grid)
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
-def _write_folder(temporary: Path, student: Denoiser, grid: Tensor, scheduler_config: Any) -> None:
-    network: Any = student.network
-    network.save_pretrained(temporary / "unet")
-    make_scheduler(scheduler_config, student).save_pretrained(temporary / "scheduler")
+def load_adaptive(folder: str | Path) -> AdaptivePipeline:
+    """Load a student with an adaptive schedule that `export_student` wrote, with our own code.
+
+    Raises:
+        TeacherFolderError: if the folder is missing, incomplete or corrupt.
+    """
+    folder = find_folder(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    return AdaptivePipeline(
+        unet=load_denoiser(folder).network,
+        scheduler=load_scheduler(folder),
+        schedule_head=PortableHead.from_pretrained(folder / "schedule_head"),
+        guidance_scale=index["guidance_scale"],
+        null_class=index["null_class"],
+    )
+
+
+def _write_fixed(temporary: Path, student: Denoiser, grid: Tensor) -> None:
     _write_json(temporary / METADATA, describe_student(student, grid))
     _write_json(
         temporary / "model_index.json",
         {
             # The stock pipeline that keeps this scheduler; DDIMPipeline would replace it.
             "_class_name": "DDPMPipeline",
-            "unet": ["diffusers", type(network).__name__],
+            "unet": ["diffusers", type(student.network).__name__],
             "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
         },
     )
     num_steps = len(grid) - 1
     card = CARD.format(num_steps=num_steps, nfe=num_steps * student.nfe, snippet=snippet(student))
     (temporary / "README.md").write_text(card)
+
+
+def _write_adaptive(temporary: Path, student: Denoiser, head: ScheduleHead) -> None:
+    portable_head(head, student).save_pretrained(temporary / "schedule_head")
+    code = Path(portable.__file__).parent
+    shutil.copy(code / "head.py", temporary / "schedule_head")
+    shutil.copy(code / "pipeline.py", temporary)
+    _write_json(
+        temporary / "model_index.json",
+        {
+            "_class_name": ["pipeline", "AdaptivePipeline"],
+            "unet": ["diffusers", type(student.network).__name__],
+            "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+            "schedule_head": ["head", "ScheduleHead"],
+            "guidance_scale": student.guidance_scale,
+            "null_class": student.null_class,
+        },
+    )
+    conditional = student.num_classes is not None
+    labels = f"class_labels=torch.arange(10) % {student.num_classes}, " if conditional else ""
+    card = ADAPTIVE_CARD.format(
+        min_steps=head.min_steps,
+        max_steps=head.max_steps,
+        snippet=ADAPTIVE_SNIPPET.format(labels=labels),
+    )
+    (temporary / "README.md").write_text(card)
+
+
+def portable_head(head: ScheduleHead, student: Denoiser) -> PortableHead:
+    """The same adaptive head in code that needs diffusers alone."""
+    assert head.features is not None
+    probe = torch.zeros(1)
+    made = PortableHead(
+        kind="categorical" if isinstance(head, CategoricalHead) else "beta",
+        max_steps=head.max_steps,
+        min_steps=head.min_steps,
+        latent_shape=list(student.latent_shape),
+        num_classes=head.features.num_classes,
+        width=head.change.in_features,
+        num_train_timesteps=head.noise.num_train_timesteps,
+        max_timestep=head.noise.max_timestep,
+        gap=min_gap(head.noise),
+        num_parameters=head.table.shape[1],
+        whole=bool(head.noise.snap(probe + 0.5) != probe + 0.5),
+    )
+    made.load_state_dict(head.state_dict())
+    return made
 
 
 def make_scheduler(scheduler_config: Any, student: Denoiser) -> DPMSolverMultistepScheduler:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from agents.choices import OVERSHOOT, BetaChoice, CategoricalChoice, make_head
+from agents.choices import STOP, BetaChoice, CategoricalChoice, make_head
 from redif_env import mdp, schedules
 from redif_env.errors import InvalidArgumentError
 from redif_env.noise import FlowSchedule, VESchedule, VPSchedule
@@ -48,38 +48,57 @@ def everyone(num):
     return torch.ones(num, dtype=torch.bool)
 
 
+def beta(mode, k, stop, may_stop=True):
+    mode, k, stop = (torch.as_tensor(v, dtype=torch.float32) for v in (mode, k, stop))
+    return BetaChoice(mode, k, stop.logit(), everyone(len(mode)) & may_stop, everyone(len(mode)))
+
+
 def test_beta_log_prob_and_entropy_are_those_of_scipy():
-    mode, k = torch.tensor([0.3, 0.5, 0.9]), torch.tensor([5.0, 40.0, 2.0])
-    choice = BetaChoice(mode, k, everyone(3))
-    kept = torch.tensor([0.2, 0.45, 0.99])
-    scale = 2 * (1 + OVERSHOOT)
-    oracle = stats.beta(1 + k * mode, 1 + k * (1 - mode), loc=-1 - 2 * OVERSHOOT, scale=scale)
-    coordinate = 2 * kept - 1
-    expected = torch.from_numpy(oracle.logpdf(coordinate.numpy())).float()
-    torch.testing.assert_close(choice.log_prob(coordinate), expected, rtol=1e-4, atol=1e-4)
-    entropy = torch.from_numpy(oracle.entropy()).float()
-    torch.testing.assert_close(choice.entropy(), entropy, rtol=1e-4, atol=1e-4)
+    mode, k, stop = ([0.3, 0.5, 0.9], [5.0, 40.0, 2.0], [0.1, 0.5, 0.8])
+    choice = beta(mode, k, stop)
+    mode, k, stop = map(np.array, (mode, k, stop))
+    oracle = stats.beta(1 + k * mode, 1 + k * (1 - mode), loc=-1, scale=2)
+    coordinate = 2 * np.array([0.2, 0.45, 0.99]) - 1
+    log_prob = choice.log_prob(torch.tensor(coordinate).float()).numpy()
+    np.testing.assert_allclose(
+        log_prob, np.log(1 - stop) + oracle.logpdf(coordinate), rtol=1e-4, atol=1e-4
+    )
+    np.testing.assert_allclose(choice.log_prob(torch.full((3,), STOP)), np.log(stop), rtol=1e-5)
+    whether = stats.bernoulli(stop).entropy()
+    expected = whether + (1 - stop) * oracle.entropy()
+    np.testing.assert_allclose(choice.entropy(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("k", [0.5, 100.0])
+def test_what_a_beta_draws_has_total_probability_one(k):
+    """The stop's probability, and the density's integral by the trapezoid rule."""
+    line = torch.linspace(-1, 1, 20001)[1:-1]
+    choice = beta([0.3] * len(line), [k] * len(line), [0.25] * len(line))
+    density = torch.trapezoid(choice.log_prob(line).exp(), line)
+    torch.testing.assert_close(density, torch.tensor(0.75), rtol=1e-3, atol=0)
+
+
+def test_a_beta_that_may_not_stop_does_not():
+    torch.manual_seed(0)
+    choice = beta([0.3] * 1000, [5.0] * 1000, [0.9] * 1000, may_stop=False)
+    free = beta([0.3] * 1000, [5.0] * 1000, [0.9] * 1000)
+    assert (choice.sample() > STOP).all()
+    assert (choice.mode() > STOP).all()
+    assert (free.mode() == STOP).all()
+    # 4 standard errors of 1,000 draws
+    assert abs(float((free.sample() == STOP).float().mean()) - 0.9) < 4 * math.sqrt(0.09 / 1000)
+    torch.testing.assert_close(
+        choice.log_prob(torch.zeros(1000)), free.log_prob(torch.zeros(1000)) - math.log(0.1)
+    )
 
 
 def test_the_mode_of_a_beta_is_where_it_is_densest():
-    line = torch.linspace(-1 - 2 * OVERSHOOT, 1, 20001)
+    line = torch.linspace(-1, 1, 20001)[1:]
     for mode, k in ((0.2, 3.0), (0.7, 50.0)):
-        same = torch.full_like(line, mode), torch.full_like(line, k)
-        choice = BetaChoice(*same, everyone(len(line)))
-        densest = line[choice.log_prob(line).argmax()].clamp(-1, 1)
+        choice = beta([mode] * len(line), [k] * len(line), [0.1] * len(line))
+        densest = line[choice.log_prob(line).argmax()]
         # float32 cannot tell densities apart near the top, where they are flat
         torch.testing.assert_close(choice.mode()[0], densest, atol=3e-3, rtol=0)
-
-
-def test_a_beta_goes_straight_to_the_data_as_often_as_its_distribution_says():
-    """The share of draws below kept = 0; 4 standard errors of 20,000 draws."""
-    torch.manual_seed(0)
-    num, mode, k = 20_000, 0.12, 10.0
-    choice = BetaChoice(torch.full((num,), mode), torch.full((num,), k), everyone(num))
-    s = schedules.decode_choice(choice.sample(), torch.full((num,), 1e6), FlowSchedule(10**6))
-    expected = stats.beta.cdf(OVERSHOOT / (1 + OVERSHOOT), 1 + k * mode, 1 + k * (1 - mode))
-    assert abs(float((s <= 0).float().mean()) - expected) < 4 * math.sqrt(expected / num)
-    assert 0.2 < expected < 0.6  # neither never nor always
 
 
 def test_a_categorical_by_hand():
@@ -197,6 +216,7 @@ def test_what_is_drawn_is_found_again(t, start, logits):
         ("option of schedule_head 'beta'", {"candidates": 8}),
         ("option of schedule_head 'categorical'", {"kind": "categorical", "concentration": 1.0}),
         ("concentration", {"concentration": 0.0}),
+        ("stop_prob", {"stop_prob": 1.0}),
         ("candidates", {"kind": "categorical", "candidates": 1}),
         ("candidates", {"kind": "categorical", "candidates": [500.0, 499.5]}),
         ("width", {"width": 0}),

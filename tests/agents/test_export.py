@@ -8,16 +8,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DModel
+from gymnasium import spaces
+from small_world import tell_apart
 from torch import nn
 
-from agents.export import export_student, make_scheduler, snippet
-from redif_env import schedules
+from agents.choices import make_head
+from agents.export import export_student, load_adaptive, make_scheduler, snippet
+from agents.sampling import sample
+from redif_env import mdp, schedules
 from redif_env.denoiser import Denoiser
 from redif_env.errors import InvalidArgumentError
 from redif_env.loading import build_denoiser, find_folder, load_denoiser, load_scheduler
+from redif_env.noise import FlowSchedule
 
 GRIDS = [
     (850.0,),
@@ -222,4 +228,65 @@ def test_a_failing_export_leaves_nothing(tmp_path):
     student.network.__class__ = FullDisk
     with pytest.raises(OSError, match="No space left"):
         export_student(student, (850.0,), scheduler_config(), tmp_path / "student")
+    assert not list(tmp_path.iterdir())
+
+
+def adaptive_head(student: Denoiser, kind: str):
+    """A head that stops after two steps in half of the samples."""
+    seen = {
+        "latents": spaces.Box(-np.inf, np.inf, student.latent_shape, np.float32),
+        "timestep": spaces.Box(0, 1, (1,), np.float32),
+        "steps_left": spaces.Box(0, 1, (1,), np.float32),
+        "condition": spaces.Discrete(10),
+    }
+    torch.manual_seed(0)
+    grid = schedules.uniform(student.schedule, 5)
+    options = {"kind": kind, "adaptive": True, "min_steps": 2}
+    head = make_head(spaces.Dict(seen), student.schedule, grid, **options)
+    x_T = torch.randn(10, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    once = torch.ones(10, dtype=torch.int64)
+    tell_apart(head, mdp.observe(x_T, 799.0 * once, once, torch.arange(10), student.schedule, 5))
+    return head
+
+
+@pytest.mark.parametrize("kind", ["beta", "categorical"])
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_an_adaptive_student_samples_without_this_project(tmp_path, kind, guidance_scale):
+    student = load_denoiser("digits", guidance_scale=guidance_scale)
+    head = adaptive_head(student, kind)
+    folder = export_student(student, head, scheduler_config(), tmp_path / "student")
+    x = run_in_a_clean_process(folder, lines_of(folder))
+    x_T = torch.randn(10, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected, num_steps = sample(student, head, x_T, torch.arange(10))
+    torch.testing.assert_close(x, expected, **SAME_SAMPLES)
+    assert len(num_steps.unique()) > 1
+    assert num_steps.min() >= 2
+    # and through this project
+    pipeline = load_adaptive(folder)
+    again, steps = pipeline(class_labels=torch.arange(10), latents=x_T)
+    torch.testing.assert_close(again, expected, **SAME_SAMPLES)
+    assert torch.equal(steps, num_steps)
+    # negative control: the times matter
+    fixed = schedules.sample(student, x_T, torch.arange(10), schedules.uniform(student.schedule, 5))
+    assert (x - fixed).abs().max() > 0.05
+
+
+def test_a_global_schedule_is_exported_as_its_times(tmp_path):
+    student = load_denoiser("digits")
+    head = make_head(spaces.Dict({}), student.schedule, torch.tensor([850.0, 533.0, 120.0, 0.0]))
+    with torch.no_grad():
+        head.table += 0.1
+    folder = export_student(student, head, scheduler_config(), tmp_path / "student")
+    grid = head.grid()
+    assert json.loads((folder / "redif.json").read_text())["timesteps"] == grid[:-1].tolist()
+    x = run_in_a_clean_process(folder, lines_of(folder))
+    expected = expected_samples(student, grid, torch.arange(10))
+    torch.testing.assert_close(x, expected, **SAME_SAMPLES)
+
+
+def test_an_adaptive_schedule_of_another_kind_is_refused(tmp_path):
+    student = load_denoiser("digits")
+    student.schedule = FlowSchedule(1000)
+    with pytest.raises(InvalidArgumentError, match="alphas_cumprod"):
+        export_student(student, adaptive_head(student, "beta"), {}, tmp_path / "student")
     assert not list(tmp_path.iterdir())

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 
+import numpy as np
 import pytest
 import torch
 from gaussian import gaussian_denoiser, gaussian_teacher
 from probes import decayed
 from scipy import stats
-from small_world import ITERATION, NUM_ENVS, OnRolloutEnd, weights
+from small_world import ITERATION, NUM_ENVS, OnRolloutEnd, tell_apart, weights
 from tripwire import arm
 
 from agents import ReDiFPPO, ppo
@@ -20,7 +22,7 @@ from redif_env import MSE, ReDiFVectorEnv, TeacherBank, mdp, schedules, transiti
 STEPS = 3
 # Choices that are all over the place, so that episodes end at every step.
 WILD = {
-    "beta": {"kind": "beta", "concentration": 0.5, "adaptive": True},
+    "beta": {"kind": "beta", "concentration": 0.5, "adaptive": True, "stop_prob": 0.4},
     "categorical": {"kind": "categorical", "spread": 5.0, "adaptive": True, "candidates": 8},
 }
 
@@ -53,13 +55,17 @@ def test_the_log_prob_of_a_joint_action_by_hand(make_free):
     raw = policy.schedule_head.table[1].detach()
     mode, k = float(raw[0].sigmoid()), float(torch.nn.functional.softplus(raw[1]))
     choice = actions[:, -1]
-    beta = stats.beta(1 + k * mode, 1 + k * (1 - mode), loc=-1.2, scale=2.2)
+    beta = stats.beta(1 + k * mode, 1 + k * (1 - mode), loc=-1, scale=2)
+    odds = float(raw[2].sigmoid())
+    stops = choice == -1
+    assert 0 < stops.sum() < len(stops)
+    chosen = np.where(stops, math.log(odds), math.log(1 - odds) + beta.logpdf(choice))
     s = schedules.decode_choice(choice, env.state.t, policy.denoiser.schedule)
     mean, std = transition.exploration(
         policy.denoiser.schedule, obs["latents"], x0_pred, env.state.t, s, 0.1, 0.02
     )
     step = stats.norm(mean.flatten(1), std.flatten(1).expand(-1, 64))
-    expected = beta.logpdf(choice) + step.logpdf(actions[:, :-1]).sum(1)
+    expected = chosen + step.logpdf(actions[:, :-1]).sum(1)
     torch.testing.assert_close(log_prob.double(), torch.as_tensor(expected), rtol=1e-4, atol=1e-3)
 
 
@@ -96,7 +102,7 @@ def test_every_row_is_credited_with_its_own_first_episode(make_free, kind, train
     model = make_free(kind, {"step_cost": 0.01}, trained=trained)
     model.learn(4 * ITERATION, callback=OnRolloutEnd(look))
     if trained != "student":
-        assert torch.cat(lengths).unique().tolist() == [1, 2, 3]
+        assert len(torch.cat(lengths).unique()) > 1
 
 
 def test_only_running_rows_that_explored_are_trained_on(make_free):
@@ -194,7 +200,7 @@ def test_deployed_samples_are_those_of_the_environment(make_free, kind):
     model = make_free(kind)
     policy, env = model.policy, model.env.env
     head = policy.schedule_head
-    torch.nn.init.normal_(head.change.weight, std=10.0)  # so that rows differ
+    tell_apart(head, env.reset(options={"tasks": torch.arange(8)})[0])
     before = policy.ema_denoiser.network_evaluations
     x_0, num_steps = policy.sample(env.bank.x_T[:8], env.bank.condition[:8])
     assert policy.ema_denoiser.network_evaluations - before == num_steps.sum()
