@@ -222,6 +222,10 @@ class ScheduleHead(nn.Module, ABC):
             raw = raw + self.change(self.features(obs))
         return self.distribution(raw, self.time(obs), step_index)
 
+    def network_parameters(self) -> list[nn.Parameter]:
+        """What an adaptive schedule has beside its table."""
+        return [weight for weight in self.parameters() if weight is not self.table]
+
     def first(self, num: int) -> Choice:
         """The distribution over the time that `num` rows start at."""
         t = self.table.new_full((num,), schedules.before_first(self.noise))

@@ -24,7 +24,7 @@ from redif_env.errors import InvalidArgumentError, check_integer, check_number
 from redif_env.loading import BUNDLED, load_teacher
 from redif_env.rewards import Reward, make_reward
 from redif_env.teacher import Teacher, TeacherBank
-from redif_env.vector_env import ReDiFVectorEnv
+from redif_env.vector_env import FREE, ReDiFVectorEnv
 
 from . import presets
 from .callbacks import HeldOutEvaluation, ProgressBar
@@ -36,6 +36,7 @@ from .ppo import ReDiFPPO
 
 PACKAGES = ("redif", "torch", "diffusers", "gymnasium", "stable_baselines3", "numpy")
 SEARCH = "search"
+LEARNED = "learned"
 # Seeds of banks: the searched grid and the reports must not depend on the run's seed.
 NUM_VALIDATION = 512
 REFERENCE_SEED = 1
@@ -103,7 +104,8 @@ def distill(
     Args:
         teacher: Bundled name, diffusers folder, or `Teacher`.
         num_steps: Steps, and network evaluations, of the student.
-        schedule: `"search"` for the best grid of plain DDIM, a grid name, or a list of times.
+        schedule: `"search"` for the best grid of plain DDIM, `"learned"` for times that start
+            there and are trained with the student, a grid name, or a list of times.
         reward: A `Reward` or the name of one. One with a map gets local credit.
         iterations: Rollouts of `num_envs` trajectories, each followed by an update.
         num_envs: Trajectories of a rollout.
@@ -143,7 +145,9 @@ def distill(
     teacher = _as_teacher(teacher, device)
     noise = teacher.denoiser.schedule
     uniform = schedules.uniform(noise, num_steps)
-    given = None if schedule == SEARCH else schedules.make_grid(schedule, noise, num_steps)
+    learned = schedule == LEARNED
+    searches = learned or schedule == SEARCH
+    given = None if searches else schedules.make_grid(schedule, noise, num_steps)
     if lora_rank is not None and learning_rate is None:
         learning_rate = LEARNING_RATE_SCALE * recipe["agent"]["learning_rate"]
     env_options = _given(recipe["env"], group_size=group_size)
@@ -169,12 +173,14 @@ def distill(
     check_integer("eval_every", eval_every, 1)
     # Everything is made once on the uniform grid, so that bad options meet their errors before the
     # teacher is asked and the grid is searched.
-    _make_model(teacher, num_envs, uniform, None, env_options, agent_options)
+    _make_model(teacher, num_envs, uniform, learned, None, env_options, agent_options)
 
     banks = _build_banks(teacher, bank_size, num_held_out, progress)
     searched, search_evaluations = _search(teacher, banks.validation, num_steps)
     timesteps = searched if given is None else given
-    model = _make_model(teacher, num_envs, timesteps, banks.train, env_options, agent_options)
+    model = _make_model(
+        teacher, num_envs, timesteps, learned, banks.train, env_options, agent_options
+    )
     if folder is not None:
         _start_folder(folder, {**arguments, **used}, timesteps)
     model.set_logger(configure(str(folder) if folder else None, ["tensorboard"] if folder else []))
@@ -186,6 +192,8 @@ def distill(
     model.learn(iterations * num_envs * num_steps, callback=callbacks)
 
     student = model.student()
+    if learned:
+        timesteps = model.policy.schedule_head.grid()  # type: ignore[operator, union-attr]
     rivals = {
         "student": (student, timesteps),
         "ddim": (teacher.denoiser, uniform),
@@ -258,11 +266,19 @@ def _make_model(
     teacher: Teacher,
     num_envs: int,
     timesteps: Tensor,
+    learned: bool,
     bank: TeacherBank | None,
     env_options: dict[str, Any],
     agent_options: dict[str, Any],
 ) -> ReDiFPPO:
-    env = ReDiFVectorEnv(num_envs, teacher, schedule=timesteps, bank=bank, **env_options)
+    """The agent on a fixed grid, or on one that starts there and is learned."""
+    times: dict[str, Any] = {"schedule": timesteps}
+    if learned:
+        num_steps = len(timesteps) - 1
+        times = {"schedule": FREE, "num_steps": num_steps, "min_steps": num_steps}
+        policy = {**agent_options["policy_kwargs"], "timesteps": timesteps.tolist()}
+        agent_options = {**agent_options, "policy_kwargs": policy}
+    env = ReDiFVectorEnv(num_envs, teacher, bank=bank, **times, **env_options)
     return ReDiFPPO("StudentPolicy", env, **agent_options)
 
 

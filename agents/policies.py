@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,7 +71,8 @@ class StudentPolicy(ActorCriticPolicy):
         timesteps: The grid, with or without the final 0; of a free schedule, where its learning
             starts, and its length is the most steps of an episode.
         schedule_head: Options of `choices.make_head` for a free schedule; None without one.
-        schedule_lr_scale: Its learning rate, as a multiple of the actor's.
+        schedule_lr_scale: Learning rate of its table, as a multiple of the actor's; the network of
+            an adaptive schedule learns at that of the critic.
         eta: Noise factor of the kernel while exploring, in [0, 1].
         min_std: Smallest standard deviation while exploring, in latent units; > 0.
         exploration_mean: `"ode"` or `"sde"`, see `redif_env.transition.exploration`.
@@ -82,7 +83,8 @@ class StudentPolicy(ActorCriticPolicy):
         critic: Whether to build a value network.
         critic_map: Whether it predicts a map of values, for local credit.
         critic_width: Hidden units of the value network; a sixteenth as many channels in a map's.
-        critic_lr_scale: Its learning rate, as a multiple of the actor's.
+        critic_lr_scale: Its learning rate, as a multiple of the actor's; that of the network of an
+            adaptive schedule, too.
         learn_std: Whether to learn a factor of each step's std.
         std_range: The factor stays between `1 / std_range` and `std_range`, which bounds the
             entropy from below too; > 1.
@@ -179,11 +181,12 @@ class StudentPolicy(ActorCriticPolicy):
         if settings["critic"]:
             kind = MapCritic if settings["critic_map"] else Critic
             self.value_critic = kind(self.observation_space, settings["critic_width"])  # type: ignore[arg-type]
-            groups.append(_group("critic", self.value_critic, settings["critic_lr_scale"]))
+            critic = self.value_critic.parameters()
+            groups.append(_group("critic", critic, settings["critic_lr_scale"]))
         self.step_scale: StepScale | None = None
         if settings["learn_std"]:
             self.step_scale = StepScale(len(grid) - 1, settings["std_range"])
-            groups.append(_group("std", self.step_scale, settings["std_lr_scale"]))
+            groups.append(_group("std", self.step_scale.parameters(), settings["std_lr_scale"]))
         self.schedule_head: ScheduleHead | None = None
         if free:
             self.schedule_head = make_head(
@@ -192,7 +195,12 @@ class StudentPolicy(ActorCriticPolicy):
                 grid,
                 **settings["schedule_head"],
             )
-            groups.append(_group("schedule", self.schedule_head, settings["schedule_lr_scale"]))
+            groups.append(
+                _group("schedule", [self.schedule_head.table], settings["schedule_lr_scale"])
+            )
+            network = self.schedule_head.network_parameters()
+            if network:
+                groups.append(_group("schedule_network", network, settings["critic_lr_scale"]))
         self.optimizer = self.optimizer_class(groups, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
 
     @property
@@ -368,10 +376,10 @@ def _condition(obs: Mapping[str, Tensor]) -> Tensor | None:
     return obs["condition"].long().flatten() if "condition" in obs else None
 
 
-def _group(name: str, module: nn.Module, lr_scale: float) -> dict[str, Any]:
+def _group(name: str, parameters: Iterable[Tensor], lr_scale: float) -> dict[str, Any]:
     """A parameter group of the optimiser, with its own gradient clip and learning rate."""
     return {
-        "params": list(module.parameters()),
+        "params": list(parameters),
         "lr_scale": lr_scale,
         "norm_name": f"{name}_grad_norm",
     }

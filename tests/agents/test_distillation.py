@@ -358,3 +358,19 @@ def test_write_json_replaces_the_file_as_a_whole(tmp_path):
         write_json(path, circle)
     assert json.loads(path.read_text()) == {"b": str(path)}
     assert [file.name for file in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_learned_times_start_at_the_searched_grid_and_are_exported(tmp_path):
+    """A whole short run: what is reported, exported and judged is the schedule head's grid."""
+    out = tmp_path / "run"
+    result = distill(**{**SMALL, "schedule": "learned", "iterations": 2, "out": out})
+    head = result.model.policy.schedule_head
+    assert torch.equal(result.timesteps, head.grid())
+    assert result.model.trained == "both"
+    searched = result.model.policy.timesteps
+    assert not torch.equal(result.timesteps, searched)
+    assert (result.timesteps - searched).abs().max() < 100  # two iterations do not go far
+    exported = json.loads((out / "student" / "redif.json").read_text())["timesteps"]
+    assert exported == result.timesteps[:-1].tolist()
+    assert result.report["timesteps"] == exported
+    assert result.report["ledger"]["search"] > 0
