@@ -143,7 +143,7 @@ def logged(model: ReDiFPPO, callback: BaseCallback | None = None) -> set[str]:
     model.set_logger(Logger(None, [writer]))
     model.learn(2 * model.n_steps * model.n_envs, callback=callback)
     model.logger.dump()  # of the last update, too
-    return {re.sub(r"_step_\d+$", "_step_i", name) for name in writer.values}
+    return {re.sub(r"(_step|/time)_\d+$", r"\1_i", name) for name in writer.values}
 
 
 def documented() -> set[str]:
@@ -198,12 +198,37 @@ STUDENTS = [
         {"divergence": "kl"}, {"train/divergence", "train/divergence_coef"}, id="divergence"
     ),
 ]
-EVALUATION = {"eval/paired_mse", "eval/reward", "eval/reward_exploring", "eval/samples"}
+EVALUATION = {
+    "eval/num_steps",
+    "eval/paired_mse",
+    "eval/reward",
+    "eval/reward_exploring",
+    "eval/samples",
+}
+CHOICES = {
+    "train/schedule_clip_fraction",
+    "train/schedule_entropy",
+    "train/schedule_grad_norm",
+    "train/schedule_kl",
+    "train/schedule_loss",
+}
+SCHEDULES = [
+    pytest.param({}, CHOICES | {"schedule/time_i"}, id="global"),
+    pytest.param({"adaptive": True}, CHOICES | {"train/schedule_network_grad_norm"}, id="adaptive"),
+]
 
 
 @pytest.mark.parametrize(("options", "added"), STUDENTS)
 def test_what_a_student_logs(make_model, options, added):
     names = logged(make_model(**options))
+    assert names == ALWAYS | STUDENT | added
+    assert names <= documented()
+
+
+@pytest.mark.parametrize(("head", "added"), SCHEDULES)
+def test_what_a_free_schedule_logs(make_env, make_model, head, added):
+    env = make_env(schedule="free", num_steps=3)
+    names = logged(make_model(env, policy_kwargs={"schedule_head": head}))
     assert names == ALWAYS | STUDENT | added
     assert names <= documented()
 
@@ -223,5 +248,5 @@ def test_what_an_evaluation_logs(make_model, held_out):
 
 def test_nothing_is_documented_that_is_not_logged():
     """The sets above are what is logged, see the tests that use them."""
-    added = set().union(*(case.values[1] for case in STUDENTS))
+    added = set().union(*(case.values[1] for case in (*STUDENTS, *SCHEDULES)))
     assert documented() == ALWAYS | STUDENT | EVALUATION | added
