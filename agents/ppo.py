@@ -596,10 +596,7 @@ class ReDiFPPO(PPO):
                     self._check_ratio(statistics.pop("ratio_error"))
                 norms = self._take_step(loss)
                 history.append({**statistics, **norms})
-        for name in history[-1]:
-            if name != "ratio_error":
-                values = torch.stack([entry[name] for entry in history])
-                self.logger.record(f"train/{name}", float(values.mean()))
+        self._record_means(history)
         if head.features is None:
             for step, t in enumerate(head.grid().tolist()[:-1]):
                 self.logger.record(f"schedule/time_{step}", t)
@@ -846,10 +843,7 @@ class ReDiFPPO(PPO):
 
     def _record(self, history: list[dict[str, Tensor]], clip_range: float) -> None:
         """Log means over the iteration's minibatches: one transfer to the host."""
-        for name in history[0]:
-            values = [entry[name] for entry in history if name in entry]
-            if values and name not in ("ratio_error", "per_step"):
-                self.logger.record(f"train/{name}", float(torch.stack(values).mean()))
+        self._record_means(history)
         self.logger.record("train/ratio_error", float(history[0]["ratio_error"]))
         if "value_loss" in history[0]:
             self.logger.record("train/explained_variance", self._explained_variance())
@@ -870,6 +864,13 @@ class ReDiFPPO(PPO):
             self.logger.record("train/min_std", self.policy.min_std)
         if self.gap_fraction is not None:
             self.logger.record("train/gap", self.gap)
+
+    def _record_means(self, history: list[dict[str, Tensor]]) -> None:
+        """Log the means over minibatches of what most of them have."""
+        for name in dict.fromkeys(name for entry in history for name in entry):
+            values = [entry[name] for entry in history if name in entry]
+            if name not in ("ratio_error", "per_step"):
+                self.logger.record(f"train/{name}", float(torch.stack(values).mean()))
 
     def _explained_variance(self) -> float:
         """Share of the returns' variance that the critic explains: 1 is all, 0 none."""
