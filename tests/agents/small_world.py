@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import KVWriter
 from torch import Tensor
 
 GRID = (850.0, 533.0, 200.0)
@@ -40,3 +41,16 @@ class OnRolloutEnd(BaseCallback):
 
     def _on_step(self) -> bool:
         return True
+
+
+class Keeps(KVWriter):
+    """The names of all that is logged, and their last values."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+
+    def write(self, key_values, key_excluded, step=0) -> None:
+        self.values.update(key_values)
+
+    def close(self) -> None:
+        pass

@@ -214,7 +214,7 @@ def test_the_memorys_figure_is_the_distance(samples):
     x, y = samples
     figures = EnergyDistance(reference=y, memory=9).update(x, x, None)
     expected = discrepancy(energy_kernel, x.flatten(1), y.flatten(1))
-    assert figures["distance"] == pytest.approx(float(expected), rel=1e-5)
+    assert figures["estimate"] == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_a_memory_is_saved(samples, tmp_path):
