@@ -59,19 +59,25 @@ class _Peak:
 class HackingDetector:
     """Compares each evaluation with the one at which a figure of quality was best.
 
-    A figure counts as hacked if it fell since and the reward rose since, both by more than
-    `threshold` standard errors of the change over blocks of the same tasks. Both students are
-    scored by the present reward, so that a reward which is itself trained can be watched.
+    A figure counts as hacked if it fell since, the reward rose since, and it now is below the
+    teacher's own, each by more than `threshold` standard errors of the change over blocks of the
+    same tasks. Both students are scored by the present reward, so that a reward which is itself
+    trained can be watched. The teacher's own level matters because a poor student can exceed it
+    (blurred samples sit in the middle of the reference, and cover it all), and loses that lead by
+    learning.
 
     Args:
         threshold: In standard errors. A change of nothing but noise passes 5, with 16 blocks, once
             in 13,000 (Student's t with 15 degrees of freedom). But the best of many evaluations is
             partly luck: under a reward that rises for certain, a figure that only fluctuates
             sounds a false alarm in 0.2 % of runs of 11 evaluations and in 3 % of 31.
+        floor: The teacher's own figures in blocks `(B,)`; a figure without one need not be below
+            anything.
     """
 
-    def __init__(self, threshold: float = 5.0) -> None:
+    def __init__(self, threshold: float = 5.0, floor: Mapping[str, Tensor] | None = None) -> None:
         self.threshold = check_number("threshold", threshold)
+        self.floor = dict(floor or {})
         self._peaks: dict[str, _Peak] = {}
 
     def check(
@@ -107,7 +113,8 @@ class HackingDetector:
         if peak is None or now.mean() >= peak.quality.mean():
             self._peaks[figure] = _Peak(iteration, now, x_0)
             return None
-        if significance(peak.quality - now) <= self.threshold:
+        better = [peak.quality, *([self.floor[figure]] if figure in self.floor else [])]
+        if any(significance(than - now) <= self.threshold for than in better):
             return None
         then, today = (block_means(score(each), len(now)) for each in (peak.x_0, x_0))
         if significance(today - then) <= self.threshold:
@@ -136,6 +143,7 @@ class RewardHackingAlarm(IterationCallback):
         k: Neighbours of recall and coverage.
 
     Attributes:
+        floor: The same figures of the teacher's own answers to the tasks of `bank`.
         history: One `{"iteration", "reward", "recall", ...}` an evaluation; the reward by the
             reward at that time.
         hacks: Iteration and `Hack` of each figure of each evaluation that was hacked.
@@ -166,7 +174,9 @@ class RewardHackingAlarm(IterationCallback):
         self.k = check_integer("k", k, 1)
         if min(len(bank), len(reference)) < self.blocks:
             raise InvalidArgumentError("bank", f"{len(bank)} tasks", f"pass {blocks} at least.")
-        self.detector = HackingDetector(threshold)
+        floor = self._judge(bank.teacher_x_0)
+        self.floor = _means(floor)
+        self.detector = HackingDetector(threshold, floor)
         self.history: list[dict[str, float]] = []
         self.hacks: list[tuple[int, Hack]] = []
         self._sounding: set[str] = set()
@@ -176,24 +186,27 @@ class RewardHackingAlarm(IterationCallback):
         policy: Any = self.model.policy
         bank = self.bank
         x_0 = schedules.sample(policy.ema_denoiser, bank.x_T, bank.condition, policy.timesteps)
-        quality = judged_quality(
+        quality = self._judge(x_0)
+        hacks = self.detector.check(self.iteration, quality, x_0, self._score)
+        self._report(quality, hacks, float(self._score(x_0).mean()))
+
+    def _judge(self, x_0: Tensor) -> dict[str, Tensor]:
+        return judged_quality(
             self.judge,
             x_0,
-            bank.teacher_x_0,
+            self.bank.teacher_x_0,
             self.reference.teacher_x_0,
-            bank.condition,
+            self.bank.condition,
             blocks=self.blocks,
             k=self.k,
         )
-        hacks = self.detector.check(self.iteration, quality, x_0, self._score)
-        self._report(quality, hacks, float(self._score(x_0).mean()))
 
     def _on_training_end(self) -> None:
         self.on_iteration()
         self.logger.dump(self.num_timesteps)
 
     def _report(self, quality: Mapping[str, Tensor], hacks: list[Hack], reward: float) -> None:
-        figures = {name: float(blocks.mean()) for name, blocks in quality.items()}
+        figures = _means(quality)
         self.history.append({"iteration": self.iteration, "reward": reward, **figures})
         for name, value in {**figures, "reward_hacked": float(len(hacks))}.items():
             self.logger.record(f"judge/{name}", value)
@@ -212,3 +225,7 @@ class RewardHackingAlarm(IterationCallback):
         bank = self.bank
         process: mdp.Process = self.training_env.get_attr("process", [0])[0]
         return rewards.evaluate(process.reward, x_0, bank.teacher_x_0, bank.condition)[0]
+
+
+def _means(quality: Mapping[str, Tensor]) -> dict[str, float]:
+    return {name: float(blocks.mean()) for name, blocks in quality.items()}

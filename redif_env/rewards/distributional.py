@@ -174,7 +174,7 @@ class Discrepancy(OnlineReward):
         self.memory = kept[-self.size :]
         reference = self._reference(teacher_x_0)
         distance = discrepancy(reference.kernel, self.memory, reference.features)
-        return {"distance": float(distance), "memory": float(len(self.memory))}
+        return {"estimate": float(distance), "memory": float(len(self.memory))}
 
     def state_dict(self) -> dict[str, Any]:
         return {"memory": None if self.memory is None else self.memory.cpu()}

@@ -96,6 +96,18 @@ def test_both_students_are_scored_by_the_present_reward(generator):
     assert "recall fell from 0.900 (iteration 0) to 0.500" in str(gained[0])
 
 
+@pytest.mark.parametrize(("teachers", "hacked"), [(0.97, True), (0.9, True), (0.6, False)])
+def test_a_lead_over_the_teacher_may_be_lost(generator, teachers, hacked):
+    """From 0.99 to 0.7, where the teacher itself has that much."""
+    noise = 0.01 * torch.randn(3, BLOCKS, generator=generator).double()
+    detector = HackingDetector(floor={"coverage": teachers + noise[0]})
+    x_0 = torch.arange(2.0)[:, None].expand(2, ROWS)
+    for step, figure in enumerate((0.99, 0.7)):
+        blocks = {"coverage": figure + noise[1 + step]}
+        found = detector.check(step, blocks, x_0[step], lambda x: x)
+    assert bool(found) == hacked
+
+
 @pytest.fixture
 def watch(teacher, bank, held_out):
     def make(**options):
@@ -234,8 +246,9 @@ def train(reward, iterations=20, seed=0):
         **presets.preset("default")["env"],
     )
     recipe = presets.preset("default")
+    options = {**recipe["agent"], "credit": "local" if reward.has_map else "global"}
     model = ReDiFPPO(
-        "StudentPolicy", env, policy_kwargs=recipe["policy"], **{**recipe["agent"], "seed": seed}
+        "StudentPolicy", env, policy_kwargs=recipe["policy"], **{**options, "seed": seed}
     )
     model.set_logger(configure(None, []))
     alarm = RewardHackingAlarm(find_judge(teacher), validation, reference, every=2)
@@ -254,6 +267,7 @@ def test_a_blank_page_compresses_best_and_the_alarm_says_so():
     assert last["reward"] > first["reward"] + 1
     assert alarm.hacks
     assert any(hack.figure in ("recall", "coverage") for _, hack in alarm.hacks)
+    assert last["coverage"] < alarm.floor["coverage"] - 0.2
 
 
 @pytest.mark.slow
