@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import zlib
 from abc import abstractmethod
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import InvalidArgumentError
 from .base import Reward, register_reward
+from .online import frozen
 
 
 class CompressedSize(Reward):
@@ -52,7 +52,7 @@ class Classifier(Reward):
             raise InvalidArgumentError(
                 "classifier", classifier, "pass a torch.nn.Module from images to logits."
             )
-        self.classifier = copy.deepcopy(classifier).eval().requires_grad_(False)
+        self.classifier = frozen(classifier)
 
     @torch.no_grad()
     def __call__(self, x_0: Tensor, teacher_x_0: Tensor, condition: Tensor | None) -> Tensor:

@@ -104,7 +104,7 @@ def test_a_penalty_bounds_the_slope(generator):
         torch.manual_seed(0)
         reward = Discriminator((1,), network=Line(), penalty=penalty, learning_rate=0.1)
         train(reward, -teacher, teacher, times=200)
-        return float(reward.network.linear.weight)
+        return float(reward.network.linear.weight.detach())
 
     # With logits +-2 w, 2 log(1 + exp(-2 w)) + w^2 gamma / 2 is least where its derivative is 0.
     w = slope(1.0)
