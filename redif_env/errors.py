@@ -35,6 +35,10 @@ class InvalidRewardError(InvalidArgumentError):
     """A reward returned something other than one finite number a row."""
 
 
+class RemoteRewardError(InvalidArgumentError, OSError):
+    """A scoring server could not be reached, or answered with something else than scores."""
+
+
 class TeacherFolderError(InvalidArgumentError):
     """A teacher's folder is missing, incomplete, corrupt, or of an unsupported kind."""
 

@@ -29,6 +29,7 @@ from .errors import (
 from .loading import load_teacher
 from .noise import NoiseSchedule, expand
 from .rewards import Reward, make_reward
+from .rewards.online import check_whole_batches
 from .teacher import SPLITS, Teacher, TeacherBank
 
 FREE = "free"
@@ -167,6 +168,7 @@ class ReDiFVectorEnv(VectorEnv):
         default = RESIDUAL_BOUND if residual else LATENT_BOUND * denoiser.schedule.initial_std
         self.action_bound = default if action_bound is None else action_bound
         timesteps, max_steps = _resolve_schedule(schedule, denoiser.schedule, num_steps)
+        check_whole_batches(reward, fixed_schedule=timesteps is not None)
         self.process = mdp.Process(
             schedule=denoiser.schedule,
             max_steps=max_steps,

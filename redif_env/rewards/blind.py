@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import zlib
+from abc import abstractmethod
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidArgumentError
 from .base import Reward, register_reward
+from .online import frozen
 
 
 class CompressedSize(Reward):
@@ -33,8 +34,8 @@ class CompressedSize(Reward):
         return _nan_where_nan(-torch.tensor(sizes, dtype=torch.float32, device=x_0.device), x_0)
 
 
-class Label(Reward):
-    """1 where a classifier's most likely class is the condition, else 0.
+class Classifier(Reward):
+    """What a classifier makes of the sample's condition.
 
     Args:
         classifier: Network from images `(N, C, H, W)` to logits `(N, K)`, with a logit for every
@@ -51,17 +52,57 @@ class Label(Reward):
             raise InvalidArgumentError(
                 "classifier", classifier, "pass a torch.nn.Module from images to logits."
             )
-        self.classifier = copy.deepcopy(classifier).eval().requires_grad_(False)
+        self.classifier = frozen(classifier)
 
     @torch.no_grad()
     def __call__(self, x_0: Tensor, teacher_x_0: Tensor, condition: Tensor | None) -> Tensor:
         if condition is None:
+            name = type(self).__name__
             raise InvalidArgumentError(
-                "condition", None, "Label needs classes: use a class-conditional teacher."
+                "condition", None, f"{name} needs classes: use a class-conditional teacher."
             )
         logits = self.classifier.to(x_0.device)(x_0)
         _check_logits(logits, condition)
+        return self.verdict(logits.float(), condition)
+
+    @abstractmethod
+    def verdict(self, logits: Tensor, condition: Tensor) -> Tensor:
+        """Float32 `(N,)` of logits `(N, K)` and classes `(N,)`."""
+
+
+class Label(Classifier):
+    """1 where a classifier's most likely class is the condition, else 0; see `Classifier`."""
+
+    def verdict(self, logits: Tensor, condition: Tensor) -> Tensor:
         return _nan_where_nan((logits.argmax(1) == condition).float(), logits)
+
+
+class LogProbability(Classifier):
+    """Log-probability of the condition, `log p_c <= 0`: flat once the classifier is sure.
+
+    See `Classifier`.
+    """
+
+    def verdict(self, logits: Tensor, condition: Tensor) -> Tensor:
+        return _of_class(logits.log_softmax(1), condition)
+
+
+class Logit(Classifier):
+    """Log-odds of the condition, `log p_c - log(1 - p_c)`; it never saturates.
+
+    Unlike the raw logit it does not change when all logits shift. The easiest of the three to
+    climb, and to hack: no sample is ever sure enough. See `Classifier`; at least two classes.
+    """
+
+    def verdict(self, logits: Tensor, condition: Tensor) -> Tensor:
+        own = torch.zeros_like(logits, dtype=torch.bool)
+        own[torch.arange(len(logits), device=logits.device), condition] = True
+        # From the logits: 1 - p_c loses all its digits where p_c is near 1.
+        return _of_class(logits, condition) - logits.masked_fill(own, -torch.inf).logsumexp(1)
+
+
+def _of_class(values: Tensor, condition: Tensor) -> Tensor:
+    return values.gather(1, condition[:, None]).squeeze(1)
 
 
 def _check_logits(logits: object, condition: Tensor) -> None:

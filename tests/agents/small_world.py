@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import KVWriter
 from torch import Tensor
 
 GRID = (850.0, 533.0, 200.0)
@@ -50,3 +51,16 @@ def tell_apart(head: Any, obs: dict[str, Tensor]) -> None:
     gain = 20 / along.std()
     head.change.weight[-1] = gain * direction
     head.change.bias[-1] = -gain * along.median()
+
+
+class Keeps(KVWriter):
+    """The names of all that is logged, and their last values."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+
+    def write(self, key_values, key_excluded, step=0) -> None:
+        self.values.update(key_values)
+
+    def close(self) -> None:
+        pass

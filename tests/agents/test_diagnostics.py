@@ -9,13 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from small_world import ITERATION, STOCK
+from small_world import ITERATION, STOCK, Keeps
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import KVWriter, Logger
+from stable_baselines3.common.logger import Logger
 from torch import Tensor
 
 from agents import ReDiFPPO, diagnostics
+from agents.alarm import RewardHackingAlarm
 from agents.callbacks import HeldOutEvaluation
+from agents.distillation import find_judge
+from agents.online import UpdateReward
+from redif_env.rewards import Discriminator, EnergyDistance
 from redif_env.transition import Gaussian
 
 METRICS = Path(__file__).parents[2] / "docs" / "metrics.md"
@@ -124,19 +128,6 @@ def test_the_effective_sample_size_is_one_until_the_policy_has_moved(make_model)
     assert often.logger.name_to_value["train/effective_sample_size"] < 0.99
 
 
-class Keeps(KVWriter):
-    """The names of all that is logged, and their last values."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, Any] = {}
-
-    def write(self, key_values, key_excluded, step=0) -> None:
-        self.values.update(key_values)
-
-    def close(self) -> None:
-        pass
-
-
 def logged(model: ReDiFPPO, callback: BaseCallback | None = None) -> set[str]:
     """Names of what two iterations log."""
     writer = Keeps()
@@ -216,6 +207,20 @@ SCHEDULES = [
     pytest.param({}, CHOICES | {"schedule/time_i"}, id="global"),
     pytest.param({"adaptive": True}, CHOICES | {"train/schedule_network_grad_norm"}, id="adaptive"),
 ]
+ALARM = {
+    "judge/coverage",
+    "judge/label_agreement",
+    "judge/label_balance",
+    "judge/recall",
+    "judge/reward_hacked",
+}
+ONLINE = {
+    "reward/discriminator_accuracy",
+    "reward/discriminator_loss",
+    "reward/discriminator_penalty",
+    "reward/energy_distance_estimate",
+    "reward/energy_distance_memory",
+}
 
 
 @pytest.mark.parametrize(("options", "added"), STUDENTS)
@@ -246,7 +251,21 @@ def test_what_an_evaluation_logs(make_model, held_out):
     assert names <= documented()
 
 
+def test_what_the_alarm_logs(teacher, bank, make_model, held_out):
+    alarm = RewardHackingAlarm(find_judge(teacher), held_out, bank, every=1)
+    names = logged(make_model(), alarm)
+    assert names == ALWAYS | STUDENT | ALARM
+    assert names <= documented()
+
+
+def test_what_rewards_that_are_trained_log(make_env, make_model):
+    env = make_env(reward=Discriminator((1, 8, 8)) + EnergyDistance(memory=8))
+    names = logged(make_model(env, credit="global"), UpdateReward())
+    assert names == ALWAYS | STUDENT | ONLINE
+    assert names <= documented()
+
+
 def test_nothing_is_documented_that_is_not_logged():
     """The sets above are what is logged, see the tests that use them."""
     added = set().union(*(case.values[1] for case in (*STUDENTS, *SCHEDULES)))
-    assert documented() == ALWAYS | STUDENT | EVALUATION | added
+    assert documented() == ALWAYS | STUDENT | EVALUATION | ALARM | ONLINE | added

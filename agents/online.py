@@ -1,0 +1,50 @@
+"""Training rewards beside the policy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stable_baselines3.common.callbacks import BaseCallback
+
+from redif_env import mdp
+from redif_env.errors import InvalidArgumentError
+from redif_env.rewards import online_terms
+
+
+class UpdateReward(BaseCallback):
+    """Update the online terms of the environment's reward after every rollout.
+
+    Each gets the final samples that the environment made last: with a rollout of one episode, all
+    of its own. The rollout keeps the rewards it was paid, so that a rollout and its update see one
+    reward. Logs what each term says of itself as `reward/TERM_FIGURE`.
+
+    Raises:
+        InvalidArgumentError: at the start of training, if no term of the reward is online.
+    """
+
+    def _on_training_start(self) -> None:
+        reward = self._process.reward
+        self.terms = online_terms(reward)
+        if not self.terms:
+            raise InvalidArgumentError(
+                "reward", reward.name, "nothing in it is trained: leave UpdateReward out."
+            )
+
+    def _on_rollout_end(self) -> None:
+        state = self.training_env.get_attr("last_state", [0])[0]
+        if state is None:
+            return
+        ended = mdp.terminal(self._process, state)
+        condition = None if state.condition is None else state.condition[ended]
+        for term in self.terms:
+            figures = term.update(state.x_t[ended], state.teacher_x_0[ended], condition)
+            for name, value in figures.items():
+                self.logger.record(f"reward/{term.name}_{name}", value)
+
+    def _on_step(self) -> bool:
+        return True
+
+    @property
+    def _process(self) -> mdp.Process:
+        process: Any = self.training_env.get_attr("process", [0])[0]
+        return process
