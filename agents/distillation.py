@@ -193,6 +193,7 @@ def distill(
     }
     samples = {name: _sample(*rival, banks.test) for name, rival in rivals.items()}
     ledger = _ledger(teacher, model, banks, search_evaluations if given is None else 0)
+    ledger["reward"] = reward.nfe * iterations * num_envs
     report = {
         "num_steps": num_steps,
         "nfe": num_steps * student.nfe,

@@ -401,7 +401,7 @@ class ReDiFPPO(PPO):
         self._set_exploration()
         rollout_buffer.reset()
         callback.on_rollout_start()
-        statistics = EpisodeStatistics(env.device)
+        statistics = EpisodeStatistics()
         bounds = self._action_bounds(env.device)
         for _ in range(n_rollout_steps):
             observation, starts = self._last_obs, self._last_episode_starts
@@ -429,7 +429,7 @@ class ReDiFPPO(PPO):
         with torch.no_grad():
             last_values = self._values(self._last_obs)
         rollout_buffer.compute_returns_and_advantage(last_values, ended)
-        statistics.record(self.ep_info_buffer)
+        statistics.record(self.ep_info_buffer, self.logger)
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True

@@ -35,6 +35,10 @@ class InvalidRewardError(InvalidArgumentError):
     """A reward returned something other than one finite number a row."""
 
 
+class RewardModelError(InvalidArgumentError):
+    """The network of a reward is missing, damaged or of another kind."""
+
+
 class TeacherFolderError(InvalidArgumentError):
     """A teacher's folder is missing, incomplete, corrupt, or of an unsupported kind."""
 

@@ -77,7 +77,8 @@ class ReDiFVectorEnv(VectorEnv):
     Reaching time 0 terminates; the last of `num_steps` steps always does. Nothing truncates.
     Autoreset is `SAME_STEP`. `infos` of a step where episodes may have ended holds `final_obs`,
     `_final_obs` (bool mask), `episode` (`r` return, `l` length, `nfe`), `_episode`, `task` (the
-    row of the bank that the episode was about), and `reward_map` when the reward has a map.
+    row of the bank that the episode was about), `reward_terms` (what each term of the reward says
+    before its weight, by name), and `reward_map` when the reward has a map.
 
     Args:
         num_envs: N.
@@ -259,10 +260,11 @@ class ReDiFVectorEnv(VectorEnv):
         may_end = self._may_end()
         infos: dict[str, Any] = {}
         if may_end:
-            rewards, reward_map = mdp.reward(self.process, state)
+            rewards, reward_map, terms = mdp.score(self.process, state)
             terminations = mdp.terminal(self.process, state)
             self._bad_reward |= ~rewards.isfinite().all()
             infos = self._final_infos(state, rewards, reward_map, terminations)
+            infos["reward_terms"] = terms
             self.last_state = state
             self._state = self._restart(state, terminations)
         else:
