@@ -72,7 +72,7 @@ class LPIPS(Features):
         state = _load_backbone(weights, net, local_files_only)
         preprocess = ImageInput(**INPUT, size=size, mode="bilinear")
         super().__init__(
-            _build(net, state), LAYERS[net], map=map, preprocess=preprocess, name="lpips"
+            _backbone(net, state), LAYERS[net], map=map, preprocess=preprocess, name="lpips"
         )
         self.heads = _load_heads(net)
 
@@ -96,7 +96,8 @@ def _unit(features: Tensor) -> Tensor:
     return features / (features.square().sum(1, keepdim=True) + 1e-8).sqrt()
 
 
-def _build(net: str, state: dict[str, Tensor]) -> nn.Sequential:
+def make_backbone(net: str) -> nn.Sequential:
+    """The convolutions of `net` with random weights, numbered as torchvision's `features`."""
     convolutions, pool = BACKBONES[net]
     modules: list[nn.Module] = []
     channels = 3
@@ -107,8 +108,11 @@ def _build(net: str, state: dict[str, Tensor]) -> nn.Sequential:
         out, kernel, stride, padding = item
         modules += [nn.Conv2d(channels, out, kernel, stride, padding), nn.ReLU()]
         channels = out
-    backbone = nn.Sequential(*modules)
-    prefix = "features."
+    return nn.Sequential(*modules)
+
+
+def _backbone(net: str, state: dict[str, Tensor]) -> nn.Sequential:
+    backbone, prefix = make_backbone(net), "features."
     own = {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
     try:
         backbone.load_state_dict(own)
