@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..errors import InvalidArgumentError, MissingExtraError, RewardModelError, require
+from ..errors import MissingExtraError, RewardModelError, require
 from .base import Reward, register_reward
 from .images import ImageInput
 
 EXTRA = "perception"
+WANTED = ("*.json", "*.safetensors", "pytorch_model*.bin")
 
 
 class Encoder(Reward):
@@ -45,9 +47,9 @@ class Encoder(Reward):
         preprocess: Callable[[Tensor], Tensor] | None = None,
         local_files_only: bool = True,
     ) -> None:
-        source = str(source or self.source)
-        self.network = _load(self.kind, source, local_files_only)
-        self.preprocess = preprocess or _image_input(self.network, source, local_files_only)
+        folder = _find_folder(str(source or self.source), local_files_only)
+        self.network = _load(self.kind, folder)
+        self.preprocess = preprocess or _image_input(self.network, folder)
 
     @abstractmethod
     def embed(self, x_0: Tensor) -> Tensor:
@@ -124,51 +126,65 @@ class DINOPatches(Encoder):
         return self._cosine(x_0, teacher_x_0)
 
 
-def _load(kind: str, source: str, local_files_only: bool) -> Any:
+def _find_folder(source: str, local_files_only: bool) -> str:
+    """The folder, or where the hub's repository lies in the local cache.
+
+    Everything is then loaded from a folder: transformers' Auto classes ask the hub for adapters
+    even when told to use local files only, and wait for an answer.
+    """
+    if Path(source).is_dir():
+        return source
+    require("transformers", EXTRA)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(
+            source, local_files_only=local_files_only, allow_patterns=list(WANTED)
+        )
+    except Exception as error:  # of the hub, the network or the name
+        raise RewardModelError(
+            "source",
+            source,
+            f"it is neither a folder nor in the local cache: pass a folder, run `hf download "
+            f"{source}`, or pass local_files_only=False ({type(error).__name__}).",
+        ) from error
+
+
+def _load(kind: str, folder: str) -> Any:
     """A frozen network of the class `kind`, in float32, all of whose weights were in the files."""
     transformers = require("transformers", EXTRA)
     try:
         network, info = getattr(transformers, kind).from_pretrained(
-            source,
-            local_files_only=local_files_only,
-            dtype=torch.float32,
-            output_loading_info=True,
+            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
         )
     except ImportError as error:
         raise MissingExtraError("timm", "timm") from error
     except Exception as error:  # transformers raises many kinds
         raise RewardModelError(
-            "source",
-            source,
-            f"no {kind} could be loaded ({error}). Pass a folder, run `hf download {source}`, or "
-            "pass local_files_only=False.",
+            "source", folder, f"no {kind} could be loaded: pass a model of that kind ({error})."
         ) from error
+    # transformers would leave such weights random, and only warn.
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler"))
     if missing:
         raise RewardModelError(
-            "source", source, f"it lacks {missing[0]!r}, of {kind}: pass a model of that kind."
+            "source", folder, f"it lacks {missing[0]!r} of {kind}: pass a model of that kind."
         )
     return network.eval().requires_grad_(False)
 
 
-def _image_input(network: Any, source: str, local_files_only: bool) -> ImageInput:
+def _image_input(network: Any, folder: str) -> ImageInput:
     """The model's own: from timm's part of its config, or from the processor's file."""
     timm = getattr(network.config, "pretrained_cfg", None)
     if timm:
-        return ImageInput(
-            timm["mean"], timm["std"], tuple(timm["input_size"][1:]), timm["interpolation"]
-        )
-    from transformers.image_processing_base import ImageProcessingMixin
-
+        size = tuple(timm["input_size"][1:])
+        return ImageInput(timm["mean"], timm["std"], size, timm["interpolation"])
     try:
-        config, _ = ImageProcessingMixin.get_image_processor_dict(
-            source, local_files_only=local_files_only
-        )
+        config = json.loads((Path(folder) / "preprocessor_config.json").read_text())
         return ImageInput.from_processor(config)
-    except (OSError, KeyError, InvalidArgumentError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise RewardModelError(
             "source",
-            source,
+            folder,
             f"its preprocessor_config.json could not be used ({error}): pass preprocess=ImageInput("
             "mean, std, size).",
         ) from error
