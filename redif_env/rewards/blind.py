@@ -46,6 +46,8 @@ class Label(Reward):
             condition, or the logits are not one row a sample or lack a class.
     """
 
+    nfe = 1
+
     def __init__(self, classifier: nn.Module) -> None:
         if not isinstance(classifier, nn.Module):
             raise InvalidArgumentError(

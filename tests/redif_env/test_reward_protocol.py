@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -15,11 +18,13 @@ from redif_env import (
     CompressedSize,
     Cosine,
     MapReward,
+    ReDiFEnv,
     ReDiFVectorEnv,
     Reward,
     TeacherBank,
     check_reward,
     mdp,
+    rewards,
     schedules,
 )
 from redif_env.errors import InvalidArgumentError, InvalidRewardError
@@ -113,6 +118,17 @@ def test_the_environment_reports_terms(teacher, bank):
     state = env.last_state
     torch.testing.assert_close(terms["mse"], MSE()(state.x_t, state.teacher_x_0, None))
     torch.testing.assert_close(rewards, 2 * terms["mse"] + 0.1 * terms["psnr"] - 0.25 * 2)
+
+
+def test_the_single_environment_reports_them_too(teacher, bank):
+    env = ReDiFEnv(teacher=teacher, bank=bank, schedule=GRID, reward="mse + cosine", seed=0)
+    env.reset()
+    env.step(np.zeros(env.action_space.shape, np.float32))
+    _, reward, terminated, _, info = env.step(np.zeros(env.action_space.shape, np.float32))
+    assert terminated
+    terms = info["reward_terms"]
+    assert isinstance(terms["mse"], np.float32)
+    assert reward == pytest.approx(float(terms["mse"] + terms["cosine"]))
 
 
 def test_terms_of_rows_under_way_are_zero(teacher, bank):
@@ -379,3 +395,37 @@ def test_the_bank_may_have_no_classes(bank):
 def test_the_package_offers_it():
     assert redif_env.check_reward is check_reward
     assert redif_env.MapReward is base.MapReward
+
+
+# The page
+
+
+def table():
+    """Rows of docs/rewards.md's table of rewards: name, class, copy, map, gradient, networks."""
+    page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
+    lines = page.split("| name | class |")[1].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_page_lists_every_name():
+    # Other tests register rewards of their own.
+    names = {name for name, make in base._REGISTRY.items() if isinstance(make, type)}
+    assert {row[0].strip("`") for row in table()} - {""} == names
+
+
+def test_the_page_says_what_the_classes_do():
+    for _, kind, _, has_map, gradient, networks in table():
+        reward = getattr(rewards, re.match(r"`(\w+)", kind)[1])
+        assert (gradient == "yes") == reward.differentiable, kind
+        assert int(networks) == reward.nfe, kind
+        if not issubclass(reward, Features):  # theirs is an argument
+            assert (has_map != "-") == reward.has_map, kind
+
+
+def test_the_page_says_what_copies_score(bank):
+    pair = bank.teacher_x_0, bank.teacher_x_0
+    names = ("mse", "psnr", "ssim", "ms_ssim", "cosine", "histogram_kl")
+    said = {row[0].strip("`"): float(row[2].split()[0]) for row in table() if row[2][0].isdigit()}
+    for name in names:
+        copies = make_reward(name)(*pair, None)
+        assert copies.tolist() == pytest.approx([said[name]] * len(bank), abs=0.03), name
