@@ -46,6 +46,7 @@ class ImageInput:
         self.std = tuple(check_number("std", s, minimum=1e-6) for s in std)
         if not self.mean or len(self.mean) != len(self.std):
             raise InvalidArgumentError("std", std, f"pass {len(self.mean)} numbers, as for mean.")
+        self._constants = torch.tensor([self.mean, self.std]).reshape(2, -1, 1, 1)
         self.mode = check_choice("mode", mode, MODES)
         self.size = None
         if size is not None:
@@ -76,8 +77,7 @@ class ImageInput:
             images = functional.interpolate(
                 images, self.size, mode=self.mode, antialias=self.mode != "nearest"
             )
-        mean, std = (
-            torch.tensor(values, dtype=x_0.dtype).to(x_0.device).reshape(-1, 1, 1)
-            for values in (self.mean, self.std)
-        )
+        # Moved once: a copy to the device at every call would make the host wait.
+        self._constants = self._constants.to(images)
+        mean, std = self._constants
         return (images - mean) / std

@@ -88,8 +88,8 @@ class LPIPS(Features):
 
     def _distance(self, index: int, ours: Tensor, theirs: Tensor) -> Tensor:
         """The head's weights times the squared difference of unit vectors, `(N, 1, H, W)`."""
-        head = self.heads[index].to(ours)
-        return (head * (_unit(ours) - _unit(theirs)).square()).sum(1, keepdim=True)
+        self.heads[index] = self.heads[index].to(ours)  # moved once
+        return (self.heads[index] * (_unit(ours) - _unit(theirs)).square()).sum(1, keepdim=True)
 
 
 def _unit(features: Tensor) -> Tensor:
