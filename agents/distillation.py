@@ -201,6 +201,7 @@ def distill(
     }
     samples = {name: _sample(*rival, banks.test) for name, rival in rivals.items()}
     ledger = _ledger(teacher, model, banks, search_evaluations if given is None else 0)
+    ledger["reward"] = iterations * num_envs * reward.nfe
     report = {
         "num_steps": num_steps,
         "nfe": num_steps * student.nfe,
@@ -319,6 +320,8 @@ def _judge(
 
 def _ledger(teacher: Teacher, model: ReDiFPPO, banks: _Banks, searched: int) -> dict[str, int]:
     """Network-forward equivalents by purpose: 1 a row sent forward, 3 forward and back.
+
+    Of the reward: forward passes of its own networks, whatever their size.
 
     The teacher's answers count in full, also when they came from the cache.
     """

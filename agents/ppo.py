@@ -431,7 +431,7 @@ class ReDiFPPO(PPO):
         rollout_buffer.reset()
         self._divide_rows(rollout_buffer)
         callback.on_rollout_start()
-        statistics = EpisodeStatistics(env.device)
+        statistics = EpisodeStatistics()
         bounds = self._action_bounds(env.device)
         running: Tensor | None = None
         for step in range(n_rollout_steps):
@@ -472,7 +472,7 @@ class ReDiFPPO(PPO):
         with torch.no_grad():
             last_values = self._values(self._last_obs)
         rollout_buffer.compute_returns_and_advantage(last_values, ended)
-        statistics.record(self.ep_info_buffer)
+        statistics.record(self.ep_info_buffer, self.logger)
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True

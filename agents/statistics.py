@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from stable_baselines3.common.logger import Logger
 from torch import Tensor
 
 
@@ -22,23 +23,30 @@ class HostView:
 
 
 class EpisodeStatistics:
-    """Mean return and length of the episodes of a rollout, summed on the device."""
+    """Means over the episodes of a rollout, summed on the device: return, length, reward terms."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self) -> None:
         self.started = time.monotonic()
-        self.sums = torch.zeros(3, device=device)
+        self.terms: list[str] = []
+        self.sums: Tensor | None = None
 
     def add(self, infos: Mapping[str, Any]) -> None:
         """Account for the episodes that ended in a step, from the environment's infos."""
         if "episode" not in infos:
             return
         ended, episode = infos["_episode"], infos["episode"]
-        parts = (torch.where(ended, episode[name], 0).sum() for name in ("r", "l"))
-        self.sums += torch.stack([*parts, ended.sum()])
+        terms = infos.get("reward_terms", {})
+        self.terms = list(terms)
+        parts = torch.stack([ended, episode["r"], episode["l"], *terms.values()])
+        sums = torch.where(ended, parts, 0.0).sum(1)
+        self.sums = sums if self.sums is None else self.sums + sums
 
-    def record(self, buffer: Any) -> None:
-        """Append the means to Stable-Baselines3's episode buffer."""
-        returns, length, count = (float(part) for part in self.sums.unbind())
-        if count:
-            elapsed = time.monotonic() - self.started
-            buffer.append({"r": returns / count, "l": length / count, "t": elapsed})
+    def record(self, buffer: Any, logger: Logger) -> None:
+        """Append the means to Stable-Baselines3's episode buffer, and log the reward's terms."""
+        count, *sums = [0.0] if self.sums is None else self.sums.tolist()
+        if not count:
+            return
+        returns, length, *terms = (part / count for part in sums)
+        buffer.append({"r": returns, "l": length, "t": time.monotonic() - self.started})
+        for name, mean in zip(self.terms, terms, strict=True):
+            logger.record(f"rollout/reward/{name}", mean)

@@ -25,7 +25,7 @@ class Args:
     schedule: str = "search"
     """search (best grid of plain DDIM), uniform, karras, or times such as 850,533,289,120."""
     reward: str = "mse"
-    """mse, psnr, ssim, cosine, or a sum such as "mse + 0.5*ssim"."""
+    """A name of docs/rewards.md, or a sum such as "mse + 0.5*ssim"."""
     iterations: int = 150
     """Rollouts, each followed by an update."""
     num_envs: int = 512

@@ -18,8 +18,8 @@ class ReDiFEnv(gym.Env[Observation, np.ndarray]):
     """`ReDiF-v0` for one trajectory at a time, with numpy observations.
 
     Spaces, rewards, episodes and arguments are those of `ReDiFVectorEnv`, which see; `num_envs`
-    and `group_size` are 1. `info` of the last step holds `episode` (`r`, `l`, `nfe`) and, when the
-    reward has one, `reward_map`.
+    and `group_size` are 1. `info` of the last step holds `episode` (`r`, `l`, `nfe`),
+    `reward_terms` and, when the reward has one, `reward_map`.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 4}  # noqa: RUF012
@@ -67,7 +67,7 @@ class ReDiFEnv(gym.Env[Observation, np.ndarray]):
             self._shown = self._env.state
             return _numpy(observation), float(reward[0]), False, False, {}
         self._shown = self._env.last_state
-        info = {"episode": _numpy(infos["episode"])}
+        info = {name: _numpy(infos[name]) for name in ("episode", "reward_terms")}
         if "reward_map" in infos:
             info["reward_map"] = infos["reward_map"][0].cpu().numpy().copy()
         return _numpy(infos["final_obs"]), float(reward[0]), True, False, info

@@ -39,6 +39,10 @@ class RemoteRewardError(InvalidArgumentError, OSError):
     """A scoring server could not be reached, or answered with something else than scores."""
 
 
+class RewardModelError(InvalidArgumentError):
+    """The network of a reward is missing, damaged or of another kind."""
+
+
 class TeacherFolderError(InvalidArgumentError):
     """A teacher's folder is missing, incomplete, corrupt, or of an unsupported kind."""
 

@@ -206,15 +206,21 @@ def observe(
 
 
 def reward(process: Process, state: EnvState) -> tuple[Tensor, Tensor | None]:
+    """The reward of each row and its map: `score` without its terms."""
+    return score(process, state)[:2]
+
+
+def score(process: Process, state: EnvState) -> rewards.Score:
     """The reward of each row, 0 for those under way, and its map where the reward has one.
 
     At `t = 0`: `reward(x_0, teacher_x_0, condition) - step_cost * nfe`.
 
     Returns:
-        float32 `(N,)`, and the map, float32 `(N, ...)`, or None. No place is cheaper than another:
-        the cost counts in the map as a term without one, see `rewards.WeightedSum`.
+        Values, float32 `(N,)`; the map, float32 `(N, ...)`, or None: no place is cheaper than
+        another, so the cost counts in it as a term without a map, see `rewards.WeightedSum`; and
+        what each term says, without weights or cost.
     """
-    values, reward_map = rewards.evaluate(
+    values, reward_map, terms = rewards.evaluate_terms(
         process.reward, state.x_t, state.teacher_x_0, state.condition
     )
     cost = process.step_cost * process.nfe_per_step * state.step_index
@@ -224,7 +230,8 @@ def reward(process: Process, state: EnvState) -> tuple[Tensor, Tensor | None]:
         reward_map = torch.where(
             expand(ended, reward_map), reward_map - expand(shared, reward_map), 0.0
         )
-    return torch.where(ended, values - cost, 0.0), reward_map
+    terms = {name: torch.where(ended, term, 0.0) for name, term in terms.items()}
+    return rewards.Score(torch.where(ended, values - cost, 0.0), reward_map, terms)
 
 
 def terminal(process: Process, state: EnvState) -> Tensor:

@@ -172,7 +172,7 @@ class ReDiFScheduleEnv(ReDiFEnv):
 
     Spaces, rewards, episodes and arguments are those of `ReDiFScheduleVectorEnv`, which see;
     `num_envs` and `group_size` are 1. `info` of the last step holds `episode` (`r`, `l`, `nfe`,
-    `invalid_actions`) and, when the reward has one, `reward_map`.
+    `invalid_actions`), `reward_terms` and, when the reward has one, `reward_map`.
     """
 
     _kind = ReDiFScheduleVectorEnv

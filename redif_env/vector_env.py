@@ -29,7 +29,6 @@ from .errors import (
 from .loading import load_teacher
 from .noise import NoiseSchedule, expand
 from .rewards import Reward, make_reward
-from .rewards.online import check_whole_batches
 from .teacher import SPLITS, Teacher, TeacherBank
 
 FREE = "free"
@@ -78,7 +77,8 @@ class ReDiFVectorEnv(VectorEnv):
     Reaching time 0 terminates; the last of `num_steps` steps always does. Nothing truncates.
     Autoreset is `SAME_STEP`. `infos` of a step where episodes may have ended holds `final_obs`,
     `_final_obs` (bool mask), `episode` (`r` return, `l` length, `nfe`), `_episode`, `task` (the
-    row of the bank that the episode was about), and `reward_map` when the reward has a map.
+    row of the bank that the episode was about), `reward_terms` (what each term of the reward says
+    before its weight, by name), and `reward_map` when the reward has a map.
 
     Args:
         num_envs: N.
@@ -168,7 +168,13 @@ class ReDiFVectorEnv(VectorEnv):
         default = RESIDUAL_BOUND if residual else LATENT_BOUND * denoiser.schedule.initial_std
         self.action_bound = default if action_bound is None else action_bound
         timesteps, max_steps = _resolve_schedule(schedule, denoiser.schedule, num_steps)
-        check_whole_batches(reward, fixed_schedule=timesteps is not None)
+        if reward.over_batch and timesteps is None:
+            raise InvalidArgumentError(
+                "reward",
+                reward.name,
+                "it scores a row against the others of the batch, so all must end together: use a "
+                "fixed schedule, or give the reward a memory.",
+            )
         self.process = mdp.Process(
             schedule=denoiser.schedule,
             max_steps=max_steps,
@@ -273,10 +279,11 @@ class ReDiFVectorEnv(VectorEnv):
         may_end = self._may_end()
         infos: dict[str, Any] = {}
         if may_end:
-            rewards, reward_map = mdp.reward(self.process, state)
+            rewards, reward_map, terms = mdp.score(self.process, state)
             terminations = mdp.terminal(self.process, state)
             self._bad_reward |= ~rewards.isfinite().all()
             infos = self._final_infos(state, rewards, reward_map, terminations)
+            infos["reward_terms"] = terms
             self.last_state = state
             self._state = self._restart(state, terminations)
         else:

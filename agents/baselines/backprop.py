@@ -14,7 +14,7 @@ from torch import Tensor
 
 from redif_env import rewards, schedules
 from redif_env.denoiser import Denoiser
-from redif_env.errors import check_integer, check_number
+from redif_env.errors import InvalidArgumentError, check_integer, check_number
 from redif_env.rewards import Reward
 from redif_env.teacher import TeacherBank
 
@@ -41,7 +41,7 @@ def backpropagate(
         start: The student's start; not changed.
         bank: Training tasks.
         timesteps: The student's grid, `(num_steps + 1,)`.
-        reward: Must be differentiable with respect to the sample.
+        reward: Must be `differentiable`.
         iterations: Optimiser steps; the learning rate falls linearly to 0.
         batch_size: Trajectories of a step.
         learning_rate: Initial learning rate of Adam.
@@ -52,7 +52,16 @@ def backpropagate(
 
     Returns:
         The averaged student, in evaluation mode.
+
+    Raises:
+        InvalidArgumentError: for a reward that is not differentiable.
     """
+    if not reward.differentiable:
+        raise InvalidArgumentError(
+            "reward",
+            reward.name,
+            "pass one with differentiable = True: no gradient leads through this one.",
+        )
     iterations = check_integer("iterations", iterations, 1)
     batch_size = check_integer("batch_size", batch_size, 1)
     learning_rate = check_number("learning_rate", learning_rate)

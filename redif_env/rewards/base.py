@@ -3,29 +3,65 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import schedules
+from ..denoiser import Denoiser
 from ..errors import InvalidArgumentError, InvalidRewardError, check_number
 from ..noise import expand
-from .maps import fit_map
+from ..teacher import TeacherBank
+from .maps import fit_map, with_mean
+
+
+class Score(NamedTuple):
+    """What a reward says of N samples.
+
+    Attributes:
+        values: The reward of each row, float32 `(N,)`.
+        map: Its map, float32 `(N, ...)`, or None.
+        terms: What each term says, before its weight, by name: float32 `(N,)` each. A reward that
+            is no sum is its own only term.
+    """
+
+    values: Tensor
+    map: Tensor | None
+    terms: dict[str, Tensor]
 
 
 class Reward(ABC):
     """Scores final samples against the teacher's; larger is better.
 
-    Rewards add and scale: `0.5 * MSE() + SSIM()` is a reward. A reward that is a mean over the
-    elements of the sample may return its map, which local credit needs: set `has_map` and return
-    the map from `reward_map`; `__call__` is then its mean.
+    `docs/rewards.md` shows how to write one; `check_reward` checks that it keeps what is said here.
+
+    Samples come as float32 `(N, *latent_shape)`. Images `(N, C, H, W)` are in [-1, 1], but a
+    student may leave that range, and must be scored there too. Everything is on one device, and
+    nothing may wait for it: no `float(tensor)`, `.item()` or `.cpu()`, where that can be avoided.
+
+    The reward of a row is a function of that row: the same whatever else is in the batch (unless
+    `over_batch`), and the same at every call, with no random numbers. Arguments are not changed.
+
+    Rewards add and scale: `0.5 * MSE() + SSIM()` is a reward. A reward that is a mean over places
+    may return its map, which local credit needs: see `MapReward`.
 
     Attributes:
-        has_map: Whether `reward_map` is available.
         name: Name in logs.
+        has_map: Whether `reward_map` is available.
+        differentiable: Whether gradients reach `x_0`, which back-propagation needs and PPO does
+            not.
+        over_batch: Whether a row is scored against the other rows of the call. Such a reward needs
+            a fixed schedule, where all rows end together: rows under way would count as samples.
+        nfe: Forward passes of networks that scoring one sample takes, the teacher's sample
+            included.
     """
 
     has_map: bool = False
+    differentiable: bool = False
+    over_batch: bool = False
+    nfe: int = 0
 
     @property
     def name(self) -> str:
@@ -59,8 +95,51 @@ class Reward(ABC):
         if not self.has_map:
             return self(x_0, teacher_x_0, condition), None
         reward_map = self.reward_map(x_0, teacher_x_0, condition)
-        _check_map(self, reward_map, tuple(x_0.shape))
+        _check_map(self, reward_map, x_0)
         return reward_map.flatten(1).mean(1), reward_map
+
+    def detailed(self, x_0: Tensor, teacher_x_0: Tensor, condition: Tensor | None) -> Score:
+        """`score`, and what each term says; a reward that wraps another passes its terms on."""
+        values, reward_map = self.score(x_0, teacher_x_0, condition)
+        return Score(values, reward_map, {self.name: values})
+
+    @torch.no_grad()
+    def normalised(
+        self,
+        bank: TeacherBank,
+        denoiser: Denoiser,
+        timesteps: Sequence[float] | Tensor,
+        batch_size: int = 256,
+    ) -> WeightedSum:
+        """The same terms, each divided by its own scale, so that weights compare like with like.
+
+        A term's scale is its standard deviation over the bank's tasks between plain DDIM along
+        `timesteps` and the teacher. Advantages are returns without their mean over their standard
+        deviation, so a term of weight 1 then moves them about as much as any other of weight 1. Not
+        the distance from a perfect score: a copy has no finite PSNR and not the best compressed
+        size.
+
+        Args:
+            bank: Tasks; a few hundred.
+            denoiser: Takes the DDIM steps; the student's start, usually the teacher's.
+            timesteps: The student's grid, with or without the final 0.
+            batch_size: Tasks that are sampled at once.
+
+        Raises:
+            InvalidArgumentError: if a term scores all tasks alike, so that it has no scale here.
+            InvalidRewardError: if a term is not finite on these samples.
+        """
+        grid = schedules.explicit(timesteps, denoiser.schedule)
+        terms = _terms(self)
+        scores = []
+        for rows in torch.arange(len(bank), device=bank.x_T.device).split(batch_size):
+            condition = None if bank.condition is None else bank.condition[rows]
+            x_0 = schedules.sample(denoiser, bank.x_T[rows], condition, grid)
+            pair = x_0, bank.teacher_x_0[rows], condition
+            scores.append(torch.stack([evaluate(term, *pair)[0] for _, term in terms]))
+        values = torch.cat(scores, dim=1)
+        weighted = zip(terms, values, strict=True)
+        return WeightedSum([(weight / _scale(term, row), term) for (weight, term), row in weighted])
 
     def __add__(self, other: Reward) -> Reward:
         if not isinstance(other, Reward):
@@ -75,7 +154,7 @@ class Reward(ABC):
 
 
 class MapReward(Reward):
-    """A reward that is the mean of its map."""
+    """A reward that is the mean of its map: only `reward_map` is left to write."""
 
     has_map = True
 
@@ -98,6 +177,9 @@ class WeightedSum(Reward):
     def __init__(self, terms: list[tuple[float, Reward]]) -> None:
         self.terms = terms
         self.has_map = any(term.has_map for _, term in terms)
+        self.differentiable = all(term.differentiable for _, term in terms)
+        self.over_batch = any(term.over_batch for _, term in terms)
+        self.nfe = sum(term.nfe for _, term in terms)
 
     @property
     def name(self) -> str:
@@ -114,22 +196,53 @@ class WeightedSum(Reward):
     def score(
         self, x_0: Tensor, teacher_x_0: Tensor, condition: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
+        return self.detailed(x_0, teacher_x_0, condition)[:2]
+
+    def detailed(self, x_0: Tensor, teacher_x_0: Tensor, condition: Tensor | None) -> Score:
         total, total_map = x_0.new_zeros(len(x_0)), torch.zeros_like(x_0)
+        terms: dict[str, Tensor] = {}
         for weight, term in self.terms:
-            values, term_map = evaluate(term, x_0, teacher_x_0, condition)
+            values, term_map, inner = evaluate_terms(term, x_0, teacher_x_0, condition)
             total = total + weight * values
             if term_map is None:
                 part = expand(x_0[0].numel() * values, x_0)
             else:
-                part = fit_map(term_map, x_0.shape[1:])
                 # Resizing may change the mean, which is the reward.
-                part = part + expand(values - part.flatten(1).mean(1), part)
+                part = with_mean(fit_map(term_map, x_0.shape[1:]), values)
             total_map = total_map + weight * part
-        return total, total_map if self.has_map else None
+            for name, value in inner.items():
+                terms[_unused(name, terms)] = value
+        return Score(total, total_map if self.has_map else None, terms)
 
 
 def _terms(reward: Reward) -> list[tuple[float, Reward]]:
     return reward.terms if isinstance(reward, WeightedSum) else [(1.0, reward)]
+
+
+def _unused(name: str, names: Mapping[str, Tensor]) -> str:
+    """`name`, or `name_2`, `name_3`, ... where a term has it already."""
+    number, unused = 1, name
+    while unused in names:
+        number += 1
+        unused = f"{name}_{number}"
+    return unused
+
+
+def _scale(reward: Reward, values: Tensor) -> float:
+    """Standard deviation of the values `(P,)` of a term."""
+    if not bool(values.isfinite().all()):
+        raise InvalidRewardError(
+            f"reward {reward.name!r} returned",
+            "NaN or infinity",
+            "return finite values for any sample.",
+        )
+    if bool((values == values[0]).all()):
+        raise InvalidArgumentError(
+            "reward",
+            reward.name,
+            "it scores all tasks alike, so it has no scale: pass more tasks, or weigh it by hand.",
+        )
+    return float(values.double().std(correction=0))
 
 
 def evaluate(
@@ -141,26 +254,50 @@ def evaluate(
         float32 `(N,)`, and the map, float32 `(N, ...)`, or None.
 
     Raises:
-        InvalidRewardError: if the reward's or the map's shape is wrong.
+        InvalidRewardError: if the reward's or the map's shape, dtype or device is wrong.
     """
-    values, reward_map = reward.score(x_0, teacher_x_0, condition)
-    _check_shape(reward, values, (len(x_0),))
-    return values.float(), None if reward_map is None else reward_map.float()
+    return evaluate_terms(reward, x_0, teacher_x_0, condition)[:2]
 
 
-def _check_shape(reward: Reward, values: object, shape: tuple[int, ...]) -> None:
-    if not isinstance(values, Tensor) or tuple(values.shape) != shape:
-        got = tuple(values.shape) if isinstance(values, Tensor) else values
-        raise InvalidRewardError(
-            f"reward {reward.name!r} returned", got, f"return a tensor of shape {shape}."
-        )
+def evaluate_terms(
+    reward: Reward, x_0: Tensor, teacher_x_0: Tensor, condition: Tensor | None
+) -> Score:
+    """As `evaluate`, with what each term says."""
+    values, reward_map, terms = reward.detailed(x_0, teacher_x_0, condition)
+    _check_tensor(reward, values, (len(x_0),), x_0.device)
+    for term in terms.values():
+        _check_tensor(reward, term, (len(x_0),), x_0.device)
+    reward_map = None if reward_map is None else reward_map.float()
+    return Score(values.float(), reward_map, {name: term.float() for name, term in terms.items()})
 
 
-def _check_map(reward: Reward, reward_map: object, shape: tuple[int, ...]) -> None:
+def _check_tensor(
+    reward: Reward, values: object, shape: tuple[int, ...], device: torch.device
+) -> None:
+    def refuse(got: object, remedy: str) -> None:
+        raise InvalidRewardError(f"reward {reward.name!r} returned", got, remedy)
+
+    if not isinstance(values, Tensor):
+        refuse(values, f"return a tensor of shape {shape}.")
+    elif tuple(values.shape) != shape:
+        refuse(tuple(values.shape), f"return a tensor of shape {shape}.")
+    elif not values.is_floating_point():
+        refuse(values.dtype, "return a tensor of floats: call .float().")
+    elif values.device != device:
+        refuse(values.device, f"return a tensor on the device of the samples, {device}.")
+
+
+def _check_map(reward: Reward, reward_map: object, x_0: Tensor) -> None:
     """Rows and number of axes must be those of the samples; the resolution may differ."""
+    shape = tuple(x_0.shape)
     if isinstance(reward_map, Tensor) and len(reward_map.shape) == len(shape):
         shape = (shape[0], *reward_map.shape[1:])
-    _check_shape(reward, reward_map, shape)
+    _check_tensor(reward, reward_map, shape, x_0.device)
+
+
+def nan_where_nan(values: Tensor, source: Tensor) -> Tensor:
+    """NaN in the rows where `source` has one: a cast or an argmax would hide it."""
+    return values.masked_fill(source.isnan().flatten(1).any(1), torch.nan)
 
 
 _REGISTRY: dict[str, Callable[[], Reward]] = {}

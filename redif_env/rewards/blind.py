@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InvalidArgumentError
-from .base import Reward, register_reward
+from .base import Reward, nan_where_nan, register_reward
 from .online import frozen
 
 
@@ -31,7 +31,7 @@ class CompressedSize(Reward):
             )
         pixels = ((x_0.detach().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         sizes = [len(zlib.compress(image.tobytes(), 9)) for image in pixels.cpu().numpy()]
-        return _nan_where_nan(-torch.tensor(sizes, dtype=torch.float32, device=x_0.device), x_0)
+        return nan_where_nan(-torch.tensor(sizes, dtype=torch.float32, device=x_0.device), x_0)
 
 
 class Classifier(Reward):
@@ -46,6 +46,8 @@ class Classifier(Reward):
         InvalidArgumentError: if `classifier` is not a module; when scoring, if there is no
             condition, or the logits are not one row a sample or lack a class.
     """
+
+    nfe = 1
 
     def __init__(self, classifier: nn.Module) -> None:
         if not isinstance(classifier, nn.Module):
@@ -74,7 +76,7 @@ class Label(Classifier):
     """1 where a classifier's most likely class is the condition, else 0; see `Classifier`."""
 
     def verdict(self, logits: Tensor, condition: Tensor) -> Tensor:
-        return _nan_where_nan((logits.argmax(1) == condition).float(), logits)
+        return nan_where_nan((logits.argmax(1) == condition).float(), logits)
 
 
 class LogProbability(Classifier):
@@ -118,11 +120,6 @@ def _check_logits(logits: object, condition: Tensor) -> None:
             tuple(logits.shape),
             f"return a logit for every class up to {int(condition.max())}.",
         )
-
-
-def _nan_where_nan(values: Tensor, source: Tensor) -> Tensor:
-    """NaN in the rows where `source` has one: a cast or an argmax would hide it."""
-    return values.masked_fill(source.isnan().flatten(1).any(1), torch.nan)
 
 
 register_reward(CompressedSize.name, CompressedSize)

@@ -70,7 +70,7 @@ class TeacherLikelihood(Reward):
             learned the noise.
 
     Attributes:
-        network_evaluations_per_sample: What scoring a sample costs, guidance included.
+        nfe: What scoring a sample costs, guidance included.
         timesteps: Times of the levels, float32 `(num_levels,)`.
     """
 
@@ -93,7 +93,7 @@ class TeacherLikelihood(Reward):
         schedule = self.denoiser.schedule
         self.timesteps, self.width = log_snr_levels(schedule, (low, high), num_levels)
         self.noise = _antithetic(num_levels, num_noises, self.denoiser.latent_shape, seed)
-        self.network_evaluations_per_sample = num_levels * num_noises * self.denoiser.nfe
+        self.nfe = num_levels * num_noises * self.denoiser.nfe
 
     @torch.no_grad()
     def __call__(self, x_0: Tensor, teacher_x_0: Tensor, condition: Tensor | None) -> Tensor:

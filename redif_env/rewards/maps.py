@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import InvalidArgumentError
+from ..noise import expand
 
 
 def fit_map(reward_map: Tensor, latent_shape: tuple[int, ...], radius: int = 0) -> Tensor:
@@ -42,3 +43,8 @@ def fit_map(reward_map: Tensor, latent_shape: tuple[int, ...], radius: int = 0) 
             resized, 2 * radius + 1, stride=1, padding=radius, count_include_pad=False
         )
     return resized
+
+
+def with_mean(reward_map: Tensor, values: Tensor) -> Tensor:
+    """The map `(N, ...)`, shifted so that its mean over each row is that row's `values`, `(N,)`."""
+    return reward_map + expand(values - reward_map.flatten(1).mean(1), reward_map)

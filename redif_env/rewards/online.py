@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import InvalidArgumentError
 from .base import Reward, WeightedSum
 
 
@@ -18,13 +17,7 @@ class OnlineReward(Reward):
 
     It changes in `update` alone, never while scoring: within an iteration the same sample gets the
     same reward. `agents.online.UpdateReward` calls `update` after every rollout.
-
-    Attributes:
-        over_batch: Whether a row is scored against the other rows of the call. Such a reward needs
-            a fixed schedule, where all rows end together: rows under way would count as samples.
     """
-
-    over_batch: bool = False
 
     @abstractmethod
     def update(
@@ -56,22 +49,6 @@ def online_terms(reward: Reward) -> list[OnlineReward]:
     """The terms of a reward that change while the student trains, each once."""
     found = [leaf for leaf in leaves(reward) if isinstance(leaf, OnlineReward)]
     return list({id(term): term for term in found}.values())
-
-
-def check_whole_batches(reward: Reward, fixed_schedule: bool) -> None:
-    """Refuse a reward over the batch where rows end at different times.
-
-    Raises:
-        InvalidArgumentError: for such a reward without a fixed schedule.
-    """
-    bad = [term.name for term in online_terms(reward) if term.over_batch]
-    if bad and not fixed_schedule:
-        raise InvalidArgumentError(
-            "reward",
-            bad[0],
-            "it scores a row against the others of the batch, so all must end together: use a "
-            "fixed schedule, or give the reward a memory.",
-        )
 
 
 def frozen(module: nn.Module) -> nn.Module:

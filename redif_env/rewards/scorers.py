@@ -83,7 +83,7 @@ class _CLIP(Reward):
     """
 
     def __init__(self, folder: str | Path) -> None:
-        transformers = require("transformers", "text")
+        transformers = require("transformers", "transformers")
         # The tensors are ours; of the processor only the numbers are used.
         self.model = _load(transformers.CLIPModel, folder).eval().requires_grad_(False)
         settings = _load(_image_processor(), folder)
@@ -138,7 +138,7 @@ class CLIPScore(_CLIP):
 
     @torch.no_grad()
     def _text_features(self, prompts: list[str], folder: str | Path) -> Tensor:
-        transformers = require("transformers", "text")
+        transformers = require("transformers", "transformers")
         tokenizer = _load(transformers.CLIPTokenizer, folder)
         longest = self.model.config.text_config.max_position_embeddings
         tokens = tokenizer(
@@ -319,7 +319,7 @@ def _number(name: str) -> int:
 
 def _image_processor() -> Any:
     """The processor that works without torchvision; older releases have one class alone."""
-    transformers = require("transformers", "text")
+    transformers = require("transformers", "transformers")
     return getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
 
 

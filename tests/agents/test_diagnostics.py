@@ -134,7 +134,8 @@ def logged(model: ReDiFPPO, callback: BaseCallback | None = None) -> set[str]:
     model.set_logger(Logger(None, [writer]))
     model.learn(2 * model.n_steps * model.n_envs, callback=callback)
     model.logger.dump()  # of the last update, too
-    return {re.sub(r"(_step|/time)_\d+$", r"\1_i", name) for name in writer.values}
+    names = {re.sub(r"(_step|/time)_\d+$", r"\1_i", name) for name in writer.values}
+    return {re.sub(r"^rollout/reward/.*", "rollout/reward/NAME", name) for name in names}
 
 
 def documented() -> set[str]:
@@ -149,6 +150,7 @@ def documented() -> set[str]:
 ALWAYS = {
     "rollout/ep_rew_mean",
     "rollout/ep_len_mean",
+    "rollout/reward/NAME",
     "time/fps",
     "time/iterations",
     "time/time_elapsed",

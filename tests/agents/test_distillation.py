@@ -17,7 +17,7 @@ from agents.evaluation import compare
 from redif_env import schedules
 from redif_env.errors import InvalidArgumentError, TeacherFolderError
 from redif_env.loading import load_denoiser, load_teacher
-from redif_env.rewards import PSNR
+from redif_env.rewards import MSE, PSNR
 from redif_env.teacher import Teacher, TeacherBank
 
 SMALL = {
@@ -212,7 +212,14 @@ def test_the_ledger_counts_every_forward_once(run):
     # 3 epochs of one step of each trajectory; backward counts twice
     assert ledger["update"] == 3 * 3 * 2 * 16
     assert ledger["search"] % (2 * NUM_VALIDATION) == 0  # whole grids of 2 steps
+    assert ledger["reward"] == 0
     assert run[0].report["network_evaluations"] == sum(ledger.values())
+
+
+def test_a_reward_with_networks_is_on_the_ledger():
+    reward = MSE()
+    reward.nfe = 2
+    assert one_step(reward=reward).report["ledger"]["reward"] == 2 * 2 * 16
 
 
 def test_what_the_teacher_did_before_is_not_on_the_ledger(small):

@@ -3,16 +3,19 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 from torchmetrics.functional.image import (
+    multiscale_structural_similarity_index_measure,
     peak_signal_noise_ratio,
     structural_similarity_index_measure,
 )
 
 from redif_env import MSE, PSNR, SSIM, Cosine, Reward, register_reward
 from redif_env.errors import InvalidArgumentError, InvalidRewardError
-from redif_env.rewards import WeightedSum, evaluate, make_reward
+from redif_env.rewards import HistogramKL, MultiScaleSSIM, WeightedSum, evaluate, make_reward
 
 MAPS = [MSE(), SSIM(), SSIM(sigma=0.5), 0.3 * MSE() + 2 * SSIM()]
 
@@ -102,8 +105,105 @@ def test_cosine_by_hand():
     assert score(Cosine(), x_0, answer).tolist() == pytest.approx([1, math.sqrt(0.5), -1])
 
 
+@pytest.mark.parametrize(("size", "scales"), [(176, 5), (48, 4), (40, 3), (20, 2)])
+def test_ms_ssim_is_torchmetrics(generator, size, scales):
+    x_0 = torch.rand(3, 2, size, size, generator=generator) * 2 - 1
+    answer = (x_0 + 0.3 * torch.randn(x_0.shape, generator=generator)).clamp(-1, 1)
+    betas = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)[:scales]
+    betas = tuple(beta / sum(betas) for beta in betas)
+    options = {"data_range": 2.0, "normalize": "relu", "reduction": "none"}
+    # The kernel's size is ignored for Gaussian windows, but not by torchmetrics's check of sizes.
+    wanted = multiscale_structural_similarity_index_measure(
+        x_0, answer, betas=betas, kernel_size=1, **options
+    )
+    assert MultiScaleSSIM().num_scales(size) == scales
+    torch.testing.assert_close(score(MultiScaleSSIM(), x_0, answer), wanted)
+    assert not torch.allclose(wanted, score(SSIM(), x_0, answer), atol=1e-3)
+
+
+def test_ms_ssim_of_small_images_is_ssim(bank):
+    pair = bank.teacher_x_0[:4], bank.teacher_x_0[:4] * 0.5
+    torch.testing.assert_close(score(MultiScaleSSIM(), *pair), score(SSIM(), *pair))
+    narrow = MultiScaleSSIM(sigma=0.5)
+    assert narrow.num_scales(8) == 2
+    assert not torch.allclose(score(narrow, *pair), score(SSIM(sigma=0.5), *pair), atol=1e-3)
+
+
+def test_ms_ssim_of_opposed_contrasts_is_zero_with_a_gradient_of_zero(pair):
+    x_0 = pair[0].clone().requires_grad_()
+    values = score(MultiScaleSSIM(), x_0, -pair[0])
+    assert values.tolist() == [0] * 3
+    values.sum().backward()
+    assert x_0.grad.tolist() == torch.zeros_like(x_0).tolist()
+    x_0 = pair[0].clone().requires_grad_()
+    score(MultiScaleSSIM(), x_0, pair[1]).sum().backward()
+    assert bool((x_0.grad != 0).any())
+
+
+def histogram(values, bins=32):
+    """Shares of bins with half a count added, by numpy."""
+    counts, _ = np.histogram(np.clip(values, -1, 1), bins, (-1, 1))
+    return (counts + 0.5) / (counts + 0.5).sum()
+
+
+@pytest.mark.parametrize("bins", [32, 5])
+def test_histogram_kl_is_numpys(pair, bins):
+    x_0 = 1.5 * pair[0]  # some beyond the range
+    wanted = []
+    for row in range(3):
+        shares = [
+            [histogram(part[row, channel].numpy(), bins) for part in (pair[1], x_0)]
+            for channel in range(2)
+        ]
+        wanted.append(-np.mean([(p * np.log(p / q)).sum() for p, q in shares]))
+    assert score(HistogramKL(bins), x_0, pair[1]).tolist() == pytest.approx(wanted, rel=1e-4)
+    # Negative control: the other direction is another number.
+    assert score(HistogramKL(bins), pair[1], x_0).tolist() != pytest.approx(wanted, rel=1e-2)
+
+
+def test_histogram_kl_by_hand():
+    """Two bins: (3.5, 1.5) of 5 against (2.5, 2.5) of 5."""
+    answer = torch.tensor([[-0.5, -0.1, -0.9, 0.0]])  # 0 is the upper bin's
+    x_0 = torch.tensor([[-1.0, -0.2, 0.3, 1.0]])
+    wanted = -(0.7 * math.log(0.7 / 0.5) + 0.3 * math.log(0.3 / 0.5))
+    assert float(score(HistogramKL(2), x_0, answer)) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_histogram_kl_sees_values_and_not_places(pair):
+    shuffled = pair[1].flatten(2).roll(7, 2).reshape(pair[1].shape)
+    torch.testing.assert_close(score(HistogramKL(), *pair), score(HistogramKL(), pair[0], shuffled))
+    assert bool((score(HistogramKL(), -pair[0].abs(), pair[1]) < -0.1).all())
+    channels = pair[1].flip(1)
+    assert not torch.allclose(score(HistogramKL(), pair[0], channels), score(HistogramKL(), *pair))
+
+
+def test_histogram_kl_passes_nan_on(pair):
+    x_0 = pair[0].clone()
+    x_0[1, 0, 2, 2] = torch.nan
+    assert score(HistogramKL(), x_0, pair[1]).isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("reward", [MSE(), PSNR(), SSIM(), MultiScaleSSIM(), Cosine()])
+def test_a_gradient_step_raises_what_says_it_is_differentiable(pair, reward):
+    assert reward.differentiable
+    x_0 = pair[0].clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(score(reward, x_0, pair[1]).sum(), x_0)
+    step = 0.01 * functional.normalize(gradient.flatten(1), dim=1).reshape(x_0.shape)
+    raised = score(reward, pair[0] + step, pair[1])
+    assert bool((raised > score(reward, *pair)).all())
+    assert bool((score(reward, pair[0] - step, pair[1]) < score(reward, *pair)).all())
+
+
 @pytest.mark.parametrize(
-    ("reward", "best"), [(MSE(), 0.0), (SSIM(), 1.0), (Cosine(), 1.0), (PSNR(), 106.0206)]
+    ("reward", "best"),
+    [
+        (MSE(), 0.0),
+        (SSIM(), 1.0),
+        (MultiScaleSSIM(), 1.0),
+        (Cosine(), 1.0),
+        (PSNR(), 106.0206),
+        (HistogramKL(), 0.0),
+    ],
 )
 def test_a_copy_scores_best(pair, reward, best):
     copies, others = score(reward, pair[0], pair[0]), score(reward, *pair)
@@ -121,7 +221,11 @@ def test_the_maps_mean_is_the_reward(pair, reward):
     torch.testing.assert_close(reward_map, reward.reward_map(*pair, None))
 
 
-@pytest.mark.parametrize("reward", [*MAPS, PSNR(), Cosine()], ids=lambda reward: reward.name)
+@pytest.mark.parametrize(
+    "reward",
+    [*MAPS, PSNR(), Cosine(), HistogramKL(), MultiScaleSSIM(sigma=0.5)],
+    ids=lambda reward: reward.name,
+)
 def test_rows_do_not_influence_each_other(pair, reward):
     together = score(reward, *pair)
     for row in range(3):

@@ -244,7 +244,7 @@ def test_rows_must_end_together(teacher, bank):
     """Rows under way would count as samples of the student."""
     mixed = MSE() + 0.1 * EnergyDistance()
     for make in (ReDiFVectorEnv, ReDiFScheduleVectorEnv):
-        with pytest.raises(InvalidArgumentError, match=r"reward='energy_distance'.*fixed schedule"):
+        with pytest.raises(InvalidArgumentError, match=r"energy_distance'.*fixed schedule"):
             make(4, teacher, reward=mixed, bank=bank)
     ReDiFVectorEnv(4, teacher, reward=EnergyDistance(memory=8), bank=bank)
     env = ReDiFVectorEnv(4, teacher, reward=mixed, bank=bank, schedule=[500])

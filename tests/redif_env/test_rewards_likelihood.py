@@ -98,8 +98,8 @@ def test_the_cost_is_what_it_says(teacher, bank, options):
     before = teacher.denoiser.network_evaluations
     score(reward, bank.teacher_x_0, bank.condition)
     spent = teacher.denoiser.network_evaluations - before
-    assert spent == 32 * reward.network_evaluations_per_sample
-    assert reward.network_evaluations_per_sample == (3 if options else 8)
+    assert spent == 32 * reward.nfe
+    assert reward.nfe == (3 if options else 8)
 
 
 def test_it_is_a_function_of_the_row(teacher, bank):

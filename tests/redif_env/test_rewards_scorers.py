@@ -386,7 +386,7 @@ def test_bad_functions():
 @pytest.mark.parametrize(
     ("package", "extra", "make"),
     [
-        ("transformers", "text", lambda: CLIPScore("folder", ["a"])),
+        ("transformers", "transformers", lambda: CLIPScore("folder", ["a"])),
         ("onnxruntime", "onnx", lambda: Onnx("graph.onnx")),
     ],
 )
