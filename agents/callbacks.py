@@ -107,8 +107,10 @@ class HeldOutEvaluation(IterationCallback):
         state = mdp.initial(process, self.bank, torch.arange(len(self.bank), device=device))
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             if policy.schedule_head is not None:
-                first = policy.schedule_head.first(len(self.bank)).sample()
-                state = dataclasses.replace(state, t=policy.schedule_head.first_time(first))
+                head = policy.schedule_head
+                before_first = head.before(state.x_T, state.condition)
+                first = head(before_first).sample()
+                state = dataclasses.replace(state, t=head.next_time(first, before_first))
             for _ in range(process.max_steps):
                 actions = policy.explore(mdp.observation(process, state)).actions
                 after = mdp.transition(process, state, actions.clamp(low, high))

@@ -15,7 +15,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 from torch.distributions import Beta, Categorical
 
-from redif_env import schedules
+from redif_env import mdp, schedules
 from redif_env.errors import InvalidArgumentError, check_choice, check_integer, check_number
 from redif_env.noise import NoiseSchedule
 
@@ -169,7 +169,7 @@ class ScheduleHead(nn.Module, ABC):
 
     A table has a row of parameters for each time of an episode, the first included. It is all
     there is of a global schedule; an adaptive one adds what a small network makes of the
-    observation, nothing at first, except to the first time, which all samples share.
+    observation, nothing at first.
 
     Args:
         observation_space: Of the environment.
@@ -226,27 +226,24 @@ class ScheduleHead(nn.Module, ABC):
         """What an adaptive schedule has beside its table."""
         return [weight for weight in self.parameters() if weight is not self.table]
 
-    def first(self, num: int) -> Choice:
-        """The distribution over the time that `num` rows start at."""
-        t = self.table.new_full((num,), schedules.before_first(self.noise))
-        index = torch.full((num,), -1, device=t.device)
-        return self.distribution(self.table[:1].expand(num, -1), t, index)
-
-    def first_time(self, choice: Tensor) -> Tensor:
-        """The times that choices `(N,)` of the first time stand for."""
-        t = torch.full_like(choice, schedules.before_first(self.noise))
-        return self._decode(choice, t, torch.full_like(t, -1, dtype=torch.int64))
+    def before(self, x_T: Tensor, condition: Tensor | None) -> dict[str, Tensor]:
+        """What is seen of N tasks when their first time is chosen: the noise and the class."""
+        index = torch.full((len(x_T),), -1, device=x_T.device)
+        t = torch.full_like(index, schedules.before_first(self.noise), dtype=torch.float32)
+        return mdp.observe(x_T, t, index, condition, self.noise, self.max_steps)
 
     def next_time(self, choice: Tensor, obs: Mapping[str, Tensor]) -> Tensor:
         """The times that choices `(N,)` stand for."""
         return self._decode(choice, self.time(obs), self.step_index(obs))
 
     def time(self, obs: Mapping[str, Tensor]) -> Tensor:
-        """Current times, float32 `(N,)`, on the noise schedule."""
-        return self.noise.snap(obs["timestep"].flatten() * self.noise.num_train_timesteps)
+        """Current times, float32 `(N,)`, on the noise schedule, or one gap before it."""
+        t = obs["timestep"].flatten() * self.noise.num_train_timesteps
+        before = schedules.before_first(self.noise)
+        return torch.where(self.step_index(obs) < 0, before, self.noise.snap(t))
 
     def step_index(self, obs: Mapping[str, Tensor]) -> Tensor:
-        """Steps made, int64 `(N,)`."""
+        """Steps made, int64 `(N,)`; -1 before the first time is chosen."""
         return self.max_steps - (obs["steps_left"].flatten() * self.max_steps).round().long()
 
     @torch.no_grad()
@@ -258,11 +255,12 @@ class ScheduleHead(nn.Module, ABC):
         """
         if self.features is not None:
             raise InvalidArgumentError("adaptive", True, "samples differ in their times.")
-        times = [self.first_time(self.first(1).mode())]
-        for index in range(self.max_steps - 1):
-            step_index = torch.full((1,), index, device=self.table.device)
-            choice = self.distribution(self.table[index + 1][None], times[-1], step_index).mode()
-            times.append(self._decode(choice, times[-1], step_index))
+        t = self.table.new_full((1,), schedules.before_first(self.noise))
+        times = []
+        for row in range(self.max_steps):
+            index = torch.full((1,), row - 1, device=t.device)
+            t = self._decode(self.distribution(self.table[row][None], t, index).mode(), t, index)
+            times.append(t)
         grid = torch.cat([*times, torch.zeros_like(times[0])])
         return grid[: int((grid > 0).sum()) + 1]
 

@@ -500,14 +500,19 @@ class ReDiFPPO(PPO):
         """
         head = self._schedule_head
         assert head is not None
+        _, infos = env.env.reset()
+        tasks = infos["task"]
+        bank = env.env.unwrapped.bank  # type: ignore[attr-defined]
+        condition = None if bank.condition is None else bank.condition[tasks]
+        before = head.before(bank.x_T[tasks], condition)
+        choosing = self._row >= self.n_envs - self._choices.num_rows
+        running = torch.ones_like(choosing)
         with torch.no_grad():
-            first = head.first(self.n_envs)
-            choosing = self._row >= self.n_envs - self._choices.num_rows
+            first = head(before)
             choice = torch.where(choosing, first.sample(), first.mode())
-            running = torch.ones_like(choosing)
-            self._choices.add(None, choice, first, running, episode)
-            env.set_options({"start": head.first_time(choice)})
-        self._last_obs = env.reset_tensor()  # type: ignore[assignment]
+            self._choices.add(before, choice, first, running, episode)
+            options = {"tasks": tasks, "start": head.next_time(choice, before)}
+        self._last_obs, _ = env.env.reset(options=options)  # type: ignore[assignment]
         self._last_episode_starts = running  # type: ignore[assignment]
         return running
 

@@ -38,7 +38,8 @@ def _sample_adaptively(
     x_0 = x_T.clone()
     num_steps = torch.zeros(len(x_T), dtype=torch.int64, device=x_T.device)
     rows = torch.arange(len(x_T), device=x_T.device)
-    t = head.first_time(head.first(len(x_T)).mode())
+    before = head.before(x_T, condition)
+    t = head.next_time(head(before).mode(), before)
     while len(rows):  # rows that have arrived cost nothing more
         x_t, index = x_0[rows], num_steps[rows]
         classes = None if condition is None else condition[rows]

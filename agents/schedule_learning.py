@@ -33,13 +33,13 @@ class ChoiceBatch(NamedTuple):
     """B choices of a time.
 
     Attributes:
-        observations: What was seen, tensors `(B, ...)` by name; None for the first time.
+        observations: What was seen, tensors `(B, ...)` by name.
         choice: What was drawn, float32 `(B,)`.
         old_log_prob: Of it then, `(B,)`.
         advantages: `(B,)`.
     """
 
-    observations: dict[str, Tensor] | None
+    observations: dict[str, Tensor]
     choice: Tensor
     old_log_prob: Tensor
     advantages: Tensor
@@ -58,7 +58,7 @@ class ChoiceRollout:
 
     def add(
         self,
-        observations: Mapping[str, Tensor] | None,
+        observations: Mapping[str, Tensor],
         choice: Tensor,
         distribution: Choice,
         running: Tensor,
@@ -67,7 +67,7 @@ class ChoiceRollout:
         """Keep a step of all N rows.
 
         Args:
-            observations: By name, `(N, ...)`; None where the first time was chosen.
+            observations: By name, `(N, ...)`.
             choice: What was drawn, `(N,)`.
             distribution: From what.
             running: Which rows' episodes are under way, bool `(N,)`.
@@ -76,10 +76,9 @@ class ChoiceRollout:
         if not self.num_rows:
             return
         rows = slice(len(choice) - self.num_rows, None)
-        seen = observations
         self._records.append(
             {
-                "observations": None if seen is None else {k: v[rows] for k, v in seen.items()},
+                "observations": {name: value[rows] for name, value in observations.items()},
                 "choice": choice[rows],
                 "old_log_prob": distribution.log_prob(choice)[rows],
                 "counts": (running & distribution.decides)[rows],
@@ -95,7 +94,7 @@ class ChoiceRollout:
         batch_size: int,
         generator: torch.Generator,
     ) -> Iterator[ChoiceBatch]:
-        """Every choice once: those of first times together, the others in random minibatches.
+        """Every choice once, in random minibatches.
 
         Args:
             returns: Of all rows' episodes, `(E, N)`.
@@ -112,16 +111,10 @@ class ChoiceRollout:
         if advantage_clip is not None:
             relative = relative.clamp(-advantage_clip, advantage_clip)
         parts = [self._batch(record, relative[record["episode"]]) for record in self._records]
-        for batch in parts:
-            if batch.observations is None:
-                yield batch
-        later = [batch for batch in parts if batch.observations is not None]
-        if not later:
-            return
-        rest = _joined(later)
-        order = torch.randperm(len(rest.choice), generator=generator, device=generator.device)
+        everything = _joined(parts)
+        order = torch.randperm(len(everything.choice), generator=generator, device=generator.device)
         for rows in order.split(batch_size):
-            yield _taken(rest, rows)
+            yield _taken(everything, rows)
 
     def _batch(self, record: dict[str, Any], advantages: Tensor) -> ChoiceBatch:
         batch = ChoiceBatch(
@@ -134,10 +127,7 @@ def loss(
     head: ScheduleHead, batch: ChoiceBatch, clip_range: float, ent_coef: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's clipped loss on choices, minus the entropy bonus; and what to log of it."""
-    if batch.observations is None:
-        distribution = head.first(len(batch.choice))
-    else:
-        distribution = head(batch.observations)
+    distribution = head(batch.observations)
     log_ratio = (distribution.log_prob(batch.choice) - batch.old_log_prob).unsqueeze(1)
     entropy = distribution.entropy().mean()
     policy_loss = losses.surrogate(log_ratio, batch.advantages.unsqueeze(1), clip_range)
@@ -152,17 +142,18 @@ def loss(
 
 
 def _joined(parts: list[ChoiceBatch]) -> ChoiceBatch:
-    names = parts[0].observations or {}
     columns = zip(*(part[1:] for part in parts), strict=True)
     return ChoiceBatch(
-        {name: torch.cat([(part.observations or {})[name] for part in parts]) for name in names},
+        {
+            name: torch.cat([part.observations[name] for part in parts])
+            for name in parts[0].observations
+        },
         *map(torch.cat, columns),
     )
 
 
 def _taken(batch: ChoiceBatch, rows: Tensor) -> ChoiceBatch:
-    seen = batch.observations
     return ChoiceBatch(
-        None if seen is None else {name: value[rows] for name, value in seen.items()},
+        {name: value[rows] for name, value in batch.observations.items()},
         *(column[rows] for column in batch[1:]),
     )

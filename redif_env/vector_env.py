@@ -237,6 +237,9 @@ class ReDiFVectorEnv(VectorEnv):
             options: `{"tasks": rows}` starts the episodes from those rows of the bank, integers
                 `(num_envs,)`. `{"start": times}` starts the episodes of a free schedule there,
                 times of the model, float `(num_envs,)`; those that follow start as usual.
+
+        Returns:
+            Observations, and `{"task": rows}`, the rows of the bank that the episodes are about.
         """
         options = options or {}
         if seed is not None:
@@ -256,7 +259,7 @@ class ReDiFVectorEnv(VectorEnv):
         self._step_count = 0
         self._bad_action = torch.zeros(2, dtype=torch.bool, device=self.device)
         self._bad_reward = torch.zeros((), dtype=torch.bool, device=self.device)
-        return mdp.observation(self.process, self._state), {}
+        return mdp.observation(self.process, self._state), {"task": tasks.clone()}
 
     def step(
         self, actions: Tensor | np.ndarray

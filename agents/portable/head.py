@@ -78,10 +78,10 @@ class ScheduleHead(ModelMixin, ConfigMixin):
         if kind == "categorical":
             self.register_buffer("candidates", torch.zeros(num_parameters))
 
-    def first(self, num: int) -> Tensor:
-        """The time that `num` samples start at, `(num,)`."""
-        t = self.table.new_full((num,), self.config.max_timestep + self.config.gap)
-        return self._next(self.table[:1].expand(num, -1), t, torch.full_like(t, -1).long())
+    def first(self, x_T: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The time that samples of noise `(N, *latent_shape)` start at, `(N,)`."""
+        t = self.table.new_full((len(x_T),), self.config.max_timestep + self.config.gap)
+        return self(x_T, t, torch.full_like(t, -1).long(), labels)
 
     def forward(
         self, x_t: Tensor, t: Tensor, step_index: Tensor, labels: Tensor | None = None

@@ -58,12 +58,13 @@ class AdaptivePipeline(DiffusionPipeline):
         samples = latents.to(self.device, torch.float32).clone()
         num_steps = torch.zeros(len(samples), dtype=torch.int64, device=samples.device)
         rows = torch.arange(len(samples), device=samples.device)
-        t = head.first(len(samples))
+        labels = None if class_labels is None else class_labels.to(samples.device)
+        t = head.first(samples, labels)
         while len(rows):  # samples that have arrived cost nothing more
             x_t, index = samples[rows], num_steps[rows]
-            labels = None if class_labels is None else class_labels.to(x_t.device)[rows]
-            s = head(x_t, t, index, labels)
-            samples[rows] = self._step(x_t, self._predict(x_t, t, labels), t, s)
+            own = None if labels is None else labels[rows]
+            s = head(x_t, t, index, own)
+            samples[rows] = self._step(x_t, self._predict(x_t, t, own), t, s)
             num_steps[rows] += 1
             rows, t = rows[s > 0], s[s > 0]
         return samples, num_steps

@@ -127,7 +127,8 @@ def test_episodes_fall_and_keep_to_the_numbers_of_steps(noise, options, adaptive
     options = {"concentration": 1.0} if options["kind"] == "beta" else {"spread": 5.0, **options}
     head = make_head(SPACE, noise, grid, adaptive=adaptive, min_steps=min_steps, **options)
     num = 256
-    t = head.first_time(head.first(num).sample())
+    before = head.before(torch.randn(num, 1, 8, 8), torch.zeros(num).long())
+    t = head.next_time(head(before).sample(), before)
     assert (t > 0).all()
     assert (t <= noise.max_timestep).all()
     lengths = torch.zeros(num)

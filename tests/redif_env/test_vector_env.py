@@ -163,7 +163,7 @@ def test_a_row_is_a_single_environment(make, generator, schedule, residual):
 def test_autoreset_of_a_fixed_schedule_step_by_step(make):
     env = make(2, schedule=[800, 400], seed=7)
     observation, infos = env.reset()
-    assert infos == {}
+    assert infos["task"].tolist() == task_of(env, observation["latents"])
     first = task_of(env, observation["latents"])
     assert observation["timestep"].flatten().tolist() == pytest.approx([0.8, 0.8])
     assert observation["steps_left"].flatten().tolist() == [1.0, 1.0]
