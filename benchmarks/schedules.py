@@ -53,9 +53,9 @@ class Args:
     """Most steps of an adaptive schedule."""
     adaptive_iterations: int = 150
     """Iterations of 256 trajectories for an adaptive schedule."""
-    joint_steps: tuple[int, ...] = (2, 4)
+    joint_steps: tuple[int, ...] = (2,)
     """Numbers of steps of joint training."""
-    joint_iterations: int = 40
+    joint_iterations: int = 25
     """Iterations of 512 trajectories for joint training."""
     bank_size: int = 4096
     """Training tasks."""
