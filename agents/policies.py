@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 
 from redif_env.denoiser import Denoiser
 from redif_env.errors import InvalidArgumentError, check_choice, check_number
-from redif_env.loading import build_from_description, load_denoiser
+from redif_env.loading import build_from_description, can_describe, describe, load_denoiser
 from redif_env.schedules import explicit
+from redif_env.teacher import Teacher
 from redif_env.transition import EXPLORATION_MEANS, Gaussian
 
 from .averaging import update_average
@@ -25,7 +27,7 @@ from .critics import Critic, MapCritic
 from .distributions import KernelDistribution, StepScale
 from .lora import copy_trained, load_base, make_trainable
 
-StudentSource = str | Path | Mapping[str, Any] | Callable[[], Denoiser]
+StudentSource = str | Path | Mapping[str, Any] | Denoiser | Callable[[], Denoiser]
 
 
 class Exploration(NamedTuple):
@@ -60,8 +62,9 @@ class StudentPolicy(ActorCriticPolicy):
         action_space: Box of `D` next-latent elements (a fixed schedule, `action_type="latent"`).
         lr_schedule: Learning rate as a function of the remaining progress.
         student: Where the actor comes from: a diffusers folder or bundled name, a description from
-            `loading.describe` (random weights), or a function without arguments that returns a
-            `Denoiser`. Plain data or an importable function, so that a saved model holds no module.
+            `loading.describe` (random weights), a function without arguments that returns a
+            `Denoiser`, or a `Denoiser`, which is copied. With the last a saved model holds the
+            module whole; plain data or an importable function are smaller.
         timesteps: The grid, with or without the final 0.
         eta: Noise factor of the kernel while exploring, in [0, 1].
         min_std: Smallest standard deviation while exploring, in latent units; > 0.
@@ -293,12 +296,28 @@ def make_student(source: StudentSource) -> Denoiser:
         return load_denoiser(source)
     if isinstance(source, Mapping):
         return build_from_description(source)
+    if isinstance(source, Denoiser):
+        return copy.deepcopy(source)
     made = source() if callable(source) and not isinstance(source, nn.Module) else None
     if not isinstance(made, Denoiser):
         raise InvalidArgumentError(
-            "student", source, "pass a folder, a description, or a function returning a Denoiser."
+            "student",
+            source,
+            "pass a folder, a description, a Denoiser, or a function returning one.",
         )
     return made
+
+
+def copy_of_teacher(teacher: Teacher, guidance_scale: float) -> StudentSource:
+    """The student that has a teacher's network, as a source that can be saved."""
+    if can_describe(teacher.denoiser):
+        description = describe(teacher.denoiser, teacher.make_solver())
+        return {**description, "guidance_scale": guidance_scale}
+    student = copy.deepcopy(teacher.denoiser)
+    student.network.to("cpu")  # not the table of conditions, which copies share
+    student.schedule.to("cpu")
+    student.set_guidance(guidance_scale, teacher.denoiser.guidance_rescale)
+    return student
 
 
 def _group(name: str, module: nn.Module, lr_scale: float) -> dict[str, Any]:

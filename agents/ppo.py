@@ -25,7 +25,6 @@ from redif_env.errors import (
     check_integer,
     check_number,
 )
-from redif_env.loading import describe
 from redif_env.transition import Gaussian
 from redif_env.vector_env import ReDiFVectorEnv
 
@@ -34,7 +33,7 @@ from .advantages import batch_relative
 from .buffers import RolloutBatch, TorchRolloutBuffer
 from .divergences import DIVERGENCES, AdaptiveCoefficient, divergence_map
 from .lora import merge
-from .policies import StudentPolicy
+from .policies import StudentPolicy, copy_of_teacher
 from .statistics import EpisodeStatistics, HostView
 from .vec_env import TorchVecEnv
 
@@ -371,7 +370,7 @@ class ReDiFPPO(PPO):
             defaults["timesteps"] = base.timesteps.tolist()
             self._copies_teacher = "student" not in self.policy_kwargs
             if self._copies_teacher:
-                defaults["student"] = describe(base.teacher.denoiser, base.teacher.make_solver())
+                defaults["student"] = copy_of_teacher(base.teacher, base.guidance_scale)
             compatibility.check_episodes(self, base.group_size, base.max_steps, base.process.reward)
             self.rollout_buffer_kwargs.update(
                 group_size=base.group_size, episode_length=base.max_steps, num_tasks=base.num_tasks

@@ -14,6 +14,9 @@ import gymnasium
 __version__ = "0.1.0"
 
 _NAMES = {
+    "Codec": "codec",
+    "Conditions": "conditions",
+    "Decoded": "rewards",
     "Denoiser": "denoiser",
     "FlatVectorObservation": "wrappers",
     "MSE": "rewards",

@@ -2,6 +2,7 @@
 
 from .base import Reward, WeightedSum, evaluate, make_reward, register_reward
 from .blind import CompressedSize, Label
+from .decoded import Decoded
 from .maps import fit_map
 from .pixel import MSE, PSNR, SSIM, Cosine
 
@@ -11,6 +12,7 @@ __all__ = [
     "SSIM",
     "CompressedSize",
     "Cosine",
+    "Decoded",
     "Label",
     "Reward",
     "WeightedSum",
