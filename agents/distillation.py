@@ -21,7 +21,7 @@ from torch import Tensor
 from redif_env import schedules
 from redif_env.denoiser import Denoiser
 from redif_env.errors import InvalidArgumentError, check_integer, check_number
-from redif_env.loading import BUNDLED, load_teacher
+from redif_env.loading import BUNDLED, INDEX, load_teacher
 from redif_env.rewards import Reward, make_reward
 from redif_env.teacher import Teacher, TeacherBank
 from redif_env.vector_env import ReDiFVectorEnv
@@ -221,6 +221,14 @@ def find_judge(teacher: Teacher) -> Judge | None:
     return Judge.load(folder).to(teacher.device) if folder.is_dir() else None
 
 
+def find_base(teacher: Teacher) -> Path | None:
+    """The folder of a teacher's pipeline, where it has parts that a student needs too."""
+    if teacher.source is None or (teacher.codec is None and teacher.denoiser.conditions is None):
+        return None
+    folder = Path(teacher.source)
+    return folder if (folder / INDEX).is_file() else None
+
+
 def versions() -> dict[str, str]:
     """Versions of the packages that a result depends on."""
     return {name: importlib.metadata.version(name) for name in PACKAGES}
@@ -339,14 +347,16 @@ def _finish_folder(
     bank: TeacherBank,
     samples: dict[str, Tensor],
 ) -> None:
-    export_student(student, timesteps, teacher.make_solver().config, folder / "student")
+    export_student(
+        student, timesteps, teacher.make_solver().config, folder / "student", find_base(teacher)
+    )
     steps = report["num_steps"]
     rows = {
         f"teacher, {teacher.num_steps} steps": bank.teacher_x_0,
         f"DDIM, {steps} steps": samples["ddim"],
         f"student, {steps} steps": samples["student"],
     }
-    save_samples(folder / "samples.png", rows, bank.condition)
+    save_samples(folder / "samples.png", rows, bank.condition, teacher.codec)
     write_json(folder / "summary.json", report)
 
 

@@ -32,10 +32,11 @@ class Conditions(nn.Module):
         null: The condition of the unguided half of guidance, such as a negative prompt: `(...)` or
             `(1, ...)` each, with the same names. None: no guidance.
         texts: What the rows were made of, for people; P strings, or None.
+        null_text: What `null` was made of, such as the negative prompt.
 
     Attributes:
         null_row: Row of `null`, which is P; None without one.
-        texts: As given.
+        texts, null_text: As given.
 
     Raises:
         InvalidArgumentError: for no tensors, tensors of unequal length, or a `null` that does not
@@ -48,6 +49,7 @@ class Conditions(nn.Module):
         *,
         null: Mapping[str, Tensor] | None = None,
         texts: Sequence[str] | None = None,
+        null_text: str | None = None,
     ) -> None:
         super().__init__()
         self._num = _length(tensors)
@@ -55,6 +57,7 @@ class Conditions(nn.Module):
         if texts is not None and len(texts) != self._num:
             raise InvalidArgumentError("texts", len(texts), f"pass one for each of {self._num}.")
         self.texts = None if texts is None else [str(text) for text in texts]
+        self.null_text = null_text
         for name, tensor in _with_null(tensors, null).items():
             self.register_buffer(PREFIX + name, tensor.detach(), persistent=False)
 
@@ -68,7 +71,11 @@ class Conditions(nn.Module):
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled on the CPU, so that what holds a table can be loaded without the device."""
         tensors = {name: tensor.cpu() for name, tensor in self.tensors().items()}
-        return _restore, (tensors, self.null_row is not None, self.texts)
+        return _restore, (tensors, self._record())
+
+    def _record(self) -> dict[str, Any]:
+        has_null = self.null_row is not None
+        return {"has_null": has_null, "texts": self.texts, "null_text": self.null_text}
 
     def tensors(self) -> dict[str, Tensor]:
         """The table: `(P, ...)` each, or `(P + 1, ...)` with `null` as the last row."""
@@ -87,13 +94,12 @@ class Conditions(nn.Module):
         null = None
         if self.null_row is not None:
             null = {name: tensor[-1:] for name, tensor in self.tensors().items()} | dict(rows)
-        return Conditions(own | shared, null=null, texts=self.texts)
+        return Conditions(own | shared, null=null, texts=self.texts, null_text=self.null_text)
 
     def save(self, path: str | Path) -> None:
         """Write the table as safetensors."""
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors().items()}
-        metadata = {"null": json.dumps(self.null_row is not None), "texts": json.dumps(self.texts)}
-        save_file(tensors, path, metadata)
+        save_file(tensors, path, {"conditions": json.dumps(self._record())})
 
     @classmethod
     def load(cls, path: str | Path) -> Conditions:
@@ -106,19 +112,21 @@ class Conditions(nn.Module):
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
-            return _restore(tensors, json.loads(metadata["null"]), json.loads(metadata["texts"]))
+            return _restore(tensors, json.loads(metadata["conditions"]))
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise InvalidArgumentError(
                 "path", str(path), f"pass a file that Conditions.save wrote ({error})."
             ) from error
 
 
-def _restore(tensors: dict[str, Tensor], has_null: bool, texts: list[str] | None) -> Conditions:
-    if not has_null:
-        return Conditions(tensors, texts=texts)
+def _restore(tensors: dict[str, Tensor], record: Mapping[str, Any]) -> Conditions:
+    """The table whose `tensors()` and `_record()` these are."""
+    texts = {"texts": record["texts"], "null_text": record["null_text"]}
+    if not record["has_null"]:
+        return Conditions(tensors, **texts)
     rows = {name: tensor[:-1] for name, tensor in tensors.items()}
     null = {name: tensor[-1:] for name, tensor in tensors.items()}
-    return Conditions(rows, null=null, texts=texts)
+    return Conditions(rows, null=null, **texts)
 
 
 def _length(tensors: Mapping[str, Tensor]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from .codec import Codec
 from .denoiser import Call, Told
+from .errors import InvalidArgumentError
 
 Rows: TypeAlias = dict[str, Tensor]
 ADDED = ("text_embeds", "time_ids", "resolution", "aspect_ratio")
@@ -67,6 +69,28 @@ def classes(network: Any) -> tuple[int | None, int | None]:
 def needs_table(network: Any) -> bool:
     """Whether a network can not be called without a table of conditions."""
     return isinstance(network, UNet2DConditionModel | PixArtTransformer2DModel)
+
+
+def check_table(network: Any, tensors: Rows) -> None:
+    """Refuse a table whose names or widths the network would stumble over.
+
+    Raises:
+        InvalidArgumentError: in that case.
+    """
+    taken = {*inspect.signature(network.forward).parameters, *ADDED}
+    unknown = sorted(set(tensors) - taken)
+    if unknown:
+        raise InvalidArgumentError(
+            "conditions", unknown, f"name them as arguments of {type(network).__name__}."
+        )
+    name = "encoder_hidden_states"
+    width = network.config.get("caption_channels") or network.config.get("cross_attention_dim")
+    if needs_table(network) and name not in tensors:
+        raise InvalidArgumentError("conditions", sorted(tensors), f"it needs {name}.")
+    if name in tensors and isinstance(width, int) and tensors[name].shape[-1] != width:
+        raise InvalidArgumentError(
+            "conditions", tuple(tensors[name].shape), f"pass {name} of width {width}."
+        )
 
 
 def make_codec(autoencoder: Any) -> Codec:

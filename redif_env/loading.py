@@ -23,6 +23,7 @@ from .teacher import Teacher
 
 BUNDLED = {"digits": Path(__file__).parent / "assets" / "digits"}
 METADATA = "redif.json"
+INDEX = "model_index.json"
 # What pipelines call the part that denoises, and the one that decodes.
 NETWORK_NAMES = ("unet", "transformer")
 AUTOENCODER_NAMES = ("vae", "vqvae")
@@ -275,6 +276,7 @@ def make_table(
     if conditions is not None:
         if prompts is not None or negative_prompt is not None:
             raise InvalidArgumentError("conditions", "with prompts", "pass one or the other.")
+        families.check_table(parts.network, conditions.tensors())
         return conditions
     needed = families.needs_table(parts.network)
     if prompts is None and negative_prompt is None and not needed:
@@ -403,8 +405,8 @@ def _load_model(
             use_safetensors=True,
             low_cpu_mem_usage=False,
             output_loading_info=True,
-            torch_dtype=dtype,
             variant=variant,
+            **({} if dtype is None else {"torch_dtype": dtype}),
         )
     except Exception as error:  # diffusers raises many kinds for a damaged folder
         raise TeacherFolderError(
@@ -416,6 +418,11 @@ def _load_model(
             "teacher", str(path), f"weights are missing or of another network: {wrong[:3]}."
         )
     return model
+
+
+def network_name(network: Any) -> str:
+    """What diffusers' pipelines, and their folders, call a network."""
+    return "unet" if type(network).__name__.startswith("UNet") else "transformer"
 
 
 def _supported() -> str:

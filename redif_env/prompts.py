@@ -102,20 +102,35 @@ def load_prompts(
 def _load_encoders(folder: Path, dtype: torch.dtype | None) -> Any:
     """The pipeline of a folder with nothing but its tokenizers and text encoders."""
     require("transformers", "text")
-    index = json.loads((folder / "model_index.json").read_text())
     left_out = {
         name: None
-        for name, value in index.items()
-        if isinstance(value, list) and not name.startswith(TEXT_NAMES)
+        for name, value in _read_index(folder).items()
+        if isinstance(value, list) and not _is_text(name, value)
     }
+    options = {} if dtype in (None, torch.float32) else {"torch_dtype": dtype}
     try:
         return DiffusionPipeline.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, torch_dtype=dtype, **left_out
+            folder, local_files_only=True, use_safetensors=True, **options, **left_out
         )
     except Exception as error:  # diffusers and transformers raise many kinds for a damaged folder
         raise TeacherFolderError(
             "teacher", str(folder), f"its text encoders could not be loaded ({error})."
         ) from error
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    """What a pipeline's folder says it is made of: `[library, class]` by name, and settings."""
+    try:
+        return dict(json.loads((folder / "model_index.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise TeacherFolderError(
+            "teacher", str(folder), f"prompts need a whole pipeline's folder ({error})."
+        ) from error
+
+
+def _is_text(name: str, value: Any) -> bool:
+    """Whether an entry of the index is a text encoder or tokenizer that the pipeline has."""
+    return name.startswith(TEXT_NAMES) and isinstance(value, list) and None not in value
 
 
 def _key(folder: Path, settings: list[Any]) -> str:
@@ -124,13 +139,14 @@ def _key(folder: Path, settings: list[Any]) -> str:
     Raises:
         TeacherFolderError: if the folder holds no text encoder.
     """
-    parts = sorted(path for name in TEXT_NAMES for path in folder.glob(f"{name}*") if path.is_dir())
-    if not parts or not (folder / "model_index.json").is_file():
+    parts = [folder / name for name, value in _read_index(folder).items() if _is_text(name, value)]
+    missing = [part.name for part in parts if not part.is_dir()]
+    if not parts or missing:
         raise TeacherFolderError(
             "teacher",
             str(folder),
-            "prompts need a whole pipeline, with model_index.json, tokenizers and text encoders; "
-            "or pass conditions=Conditions(...).",
+            f"prompts need the pipeline's {missing[0] if missing else 'text encoders'}: restore the "
+            "folder, or pass conditions=Conditions(...).",
         )
     files = [path for part in parts for path in sorted(part.rglob("*")) if path.is_file()]
     digest = hashlib.sha256(json.dumps(settings).encode())
@@ -166,7 +182,7 @@ def encode_prompts(pipeline: Any, texts: Sequence[str], negative: str | None) ->
         ]
     tensors = {key: torch.cat([rows[key] for rows, _ in parts]) for key in parts[0][0]}
     null = {key: rows[:1] for key, rows in parts[0][1].items()}
-    return Conditions(tensors, null=null, texts=texts)
+    return Conditions(tensors, null=null, texts=texts, null_text=negative)
 
 
 def _encode_stable_diffusion(

@@ -182,9 +182,9 @@ def test_the_folder_is_a_diffusers_pipeline(folder):
 
 
 def test_guidance_is_in_the_lines_only_where_it_is_used():
-    assert "null" not in snippet(load_denoiser("digits"))
-    assert "null" in snippet(load_denoiser("digits", guidance_scale=2.0))
-    assert "class_labels" not in snippet(make_unconditional_student())
+    assert "null" not in snippet(load_denoiser("digits"), {})
+    assert "null" in snippet(load_denoiser("digits", guidance_scale=2.0), {})
+    assert "class_labels" not in snippet(make_unconditional_student(), {})
 
 
 def test_an_existing_folder_is_refused_and_left_alone(tmp_path):
