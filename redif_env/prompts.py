@@ -142,12 +142,9 @@ def _key(folder: Path, settings: list[Any]) -> str:
     parts = [folder / name for name, value in _read_index(folder).items() if _is_text(name, value)]
     missing = [part.name for part in parts if not part.is_dir()]
     if not parts or missing:
-        raise TeacherFolderError(
-            "teacher",
-            str(folder),
-            f"prompts need the pipeline's {missing[0] if missing else 'text encoders'}: restore the "
-            "folder, or pass conditions=Conditions(...).",
-        )
+        needed = missing[0] if missing else "text encoders"
+        remedy = f"prompts need its {needed}: restore them, or pass conditions=Conditions(...)."
+        raise TeacherFolderError("teacher", str(folder), remedy)
     files = [path for part in parts for path in sorted(part.rglob("*")) if path.is_file()]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for path in [folder / "model_index.json", *files]:

@@ -5,17 +5,30 @@ from __future__ import annotations
 import dataclasses
 import string
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     DDIMScheduler,
     DDPMPipeline,
+    DDPMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    LDMPipeline,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
     PNDMScheduler,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
+    VQModel,
 )
 from torch import Tensor
 
@@ -146,7 +159,8 @@ def plain_loop(pipeline: Any, x_T: Tensor, condition: Tensor | None, num_steps: 
     solver.set_timesteps(num_steps)
     x_t, told = x_T, {} if condition is None else {"class_labels": condition}
     for t in solver.timesteps:
-        x_t = solver.step(pipeline.unet(x_t, t, **told).sample, t, x_t).prev_sample
+        prediction = pipeline.unet(x_t, t, **told).sample[:, : x_t.shape[1]]
+        x_t = solver.step(prediction, t, x_t).prev_sample
     return x_t
 
 
@@ -163,13 +177,151 @@ def stable_diffusion(scheduler: Any) -> StableDiffusionPipeline:
     )
 
 
+def sdxl(**options: Any) -> StableDiffusionXLPipeline:
+    """Both encoders, pooled text and sizes, as in SDXL's base model and with its scheduler."""
+    return StableDiffusionXLPipeline(
+        vae=kl_autoencoder(),
+        text_encoder=clip_encoder(),
+        text_encoder_2=clip_encoder("CLIPTextModelWithProjection"),
+        tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(),
+        unet=conditional_unet(
+            cross_attention_dim=32,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=16 + 6 * 4,
+        ),
+        scheduler=EulerDiscreteScheduler(**BETAS, **STEPS),
+        add_watermarker=False,
+        **options,
+    )
+
+
+def dit() -> DiTPipeline:
+    """With learned variances, like the published ones, whose null class is 1000 too."""
+    transformer = seeded(
+        DiTTransformer2DModel,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        sample_size=SIDE,
+        patch_size=2,
+        num_embeds_ada_norm=1000,
+        norm_type="ada_norm_zero",
+        activation_fn="gelu-approximate",
+    )
+    # Made of zeros, as training starts: nothing would depend on anything.
+    torch.nn.init.normal_(transformer.proj_out_2.weight, std=0.1)
+    return DiTPipeline(transformer, kl_autoencoder(), DDIMScheduler(clip_sample=False))
+
+
+def sample_dit(pipeline: Any, x_T: Tensor, condition: Tensor, num_steps: int) -> Tensor:
+    """The pipeline draws its own noise, and decodes: give it the noise, and take the latents."""
+    taken = []
+
+    def decode(z: Tensor) -> Any:
+        taken.append(z * pipeline.vae.config.scaling_factor)
+        return SimpleNamespace(sample=torch.zeros(len(z), 3, 16, 16))
+
+    pipeline.set_progress_bar_config(disable=True)
+    with (
+        mock.patch("diffusers.pipelines.dit.pipeline_dit.randn_tensor", return_value=x_T),
+        mock.patch.object(pipeline.vae, "decode", decode),
+    ):
+        pipeline(condition.tolist(), guidance_scale=3.0, num_inference_steps=num_steps)
+    return taken[0]
+
+
+def t5_tokenizer() -> Any:
+    from transformers import T5Tokenizer
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), ("\u2581", -1.0)]
+    pieces += [(letter, -2.0) for letter in string.ascii_lowercase]
+    return T5Tokenizer(vocab=pieces, extra_ids=0)
+
+
+def t5_encoder() -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(vocab_size=30, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2)
+    return seeded(T5EncoderModel, config=config)
+
+
+def pixart(use_additional_conditions: bool) -> PixArtAlphaPipeline:
+    transformer = seeded(
+        PixArtTransformer2DModel,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        cross_attention_dim=24,
+        sample_size=SIDE,
+        patch_size=2,
+        caption_channels=16,
+        use_additional_conditions=use_additional_conditions,
+    )
+    return PixArtAlphaPipeline(
+        tokenizer=t5_tokenizer(),
+        text_encoder=t5_encoder(),
+        vae=kl_autoencoder(),
+        transformer=transformer,
+        scheduler=DPMSolverMultistepScheduler(solver_order=2, variance_type="learned_range"),
+    )
+
+
+def sample_pixart(pipeline: Any, x_T: Tensor, condition: Tensor, num_steps: int) -> Tensor:
+    # The pipeline leaves the variances out itself, and this scheduler would cut off a channel.
+    config = {**pipeline.scheduler.config, "variance_type": None}
+    stock, pipeline.scheduler = pipeline.scheduler, DPMSolverMultistepScheduler.from_config(config)
+    options = {"use_resolution_binning": False, "height": 2 * SIDE, "width": 2 * SIDE}
+    sample = call_pipeline(guidance_scale=3.0, negative_prompt="ugly", **options)
+    size = 128 if pipeline.transformer.use_additional_conditions else SIDE  # else it tells no sizes
+    with mock.patch.object(pipeline.transformer, "_internal_dict", {**pipeline.transformer.config}):
+        pipeline.transformer.register_to_config(sample_size=size)
+        x_0 = sample(pipeline, x_T, condition, num_steps)
+    pipeline.scheduler = stock
+    return x_0
+
+
+def tiny_autoencoder() -> AutoencoderTiny:
+    return seeded(
+        AutoencoderTiny,
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )
+
+
+def vq_autoencoder() -> VQModel:
+    return seeded(
+        VQModel,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=3,
+        num_vq_embeddings=16,
+    )
+
+
+def stable_diffusion_with_tiny_autoencoder() -> StableDiffusionPipeline:
+    pipeline = stable_diffusion(DDIMScheduler(clip_sample=False, **BETAS, **STEPS))
+    pipeline.vae = tiny_autoencoder()
+    return pipeline
+
+
 FAMILIES = {
     "pixels": Family(
         lambda: DDPMPipeline(pixel_unet(), DDIMScheduler(clip_sample=False)), {}, plain_loop
     ),
     "classes": Family(
         lambda: DDPMPipeline(
-            pixel_unet(num_class_embeds=3), DDIMScheduler(prediction_type="sample")
+            pixel_unet(num_class_embeds=3),
+            DDIMScheduler(prediction_type="sample", clip_sample=False),
         ),
         {},
         plain_loop,
@@ -199,5 +351,53 @@ FAMILIES = {
         {"prompts": PROMPTS},
         call_pipeline(guidance_scale=1.0),
         num_conditions=3,
+    ),
+    "AutoencoderTiny": Family(
+        stable_diffusion_with_tiny_autoencoder,
+        {"prompts": PROMPTS},
+        call_pipeline(guidance_scale=1.0),
+        num_conditions=3,
+    ),
+    "SDXL": Family(
+        sdxl,
+        {"prompts": PROMPTS, "negative_prompt": "ugly", "guidance_scale": 3.0},
+        call_pipeline(guidance_scale=3.0, negative_prompt="ugly"),
+        num_conditions=3,
+    ),
+    "SDXL with zeros as null": Family(
+        sdxl,
+        {"prompts": PROMPTS, "guidance_scale": 3.0},
+        call_pipeline(guidance_scale=3.0),
+        num_conditions=3,
+    ),
+    "DiT": Family(dit, {"guidance_scale": 3.0}, sample_dit, num_conditions=1000),
+    "PixArt": Family(
+        lambda: pixart(False),
+        {"prompts": PROMPTS, "negative_prompt": "ugly", "guidance_scale": 3.0},
+        sample_pixart,
+        num_conditions=3,
+    ),
+    "PixArt with sizes": Family(
+        lambda: pixart(True),
+        {"prompts": PROMPTS, "negative_prompt": "ugly", "guidance_scale": 3.0},
+        sample_pixart,
+        num_conditions=3,
+    ),
+    "latent diffusion": Family(
+        lambda: LDMPipeline(
+            vq_autoencoder(),
+            pixel_unet(in_channels=3, out_channels=3),
+            DDIMScheduler(clip_sample=False, **BETAS),
+        ),
+        {},
+        plain_loop,
+    ),
+    "learned variances in pixels": Family(
+        lambda: DDPMPipeline(
+            pixel_unet(out_channels=6),
+            DDPMScheduler(variance_type="learned_range", clip_sample=False),
+        ),
+        {},
+        plain_loop,
     ),
 }
