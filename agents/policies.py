@@ -310,8 +310,9 @@ def make_student(source: StudentSource) -> Denoiser:
 
 def copy_of_teacher(teacher: Teacher, guidance_scale: float) -> StudentSource:
     """The student that has a teacher's network, as a source that can be saved."""
-    if can_describe(teacher.denoiser):
-        description = describe(teacher.denoiser, teacher.make_solver())
+    solver = teacher.make_solver()
+    if can_describe(teacher.denoiser, solver):
+        description = describe(teacher.denoiser, solver)
         return {**description, "guidance_scale": guidance_scale}
     student = copy.deepcopy(teacher.denoiser)
     student.network.to("cpu")  # not the table of conditions, which copies share

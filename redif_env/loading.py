@@ -14,11 +14,13 @@ from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from . import families
+from .adapters import EDMNetwork
 from .conditions import Conditions
-from .denoiser import Denoiser
+from .denoiser import Denoiser, call_network
 from .errors import InvalidArgumentError, TeacherFolderError, check_integer
 from .noise import FlowSchedule, NoiseSchedule, VESchedule, VPSchedule
 from .prompts import encode_prompts, load_prompts, read_texts
+from .solvers import KernelSolver
 from .teacher import Teacher
 
 BUNDLED = {"digits": Path(__file__).parent / "assets" / "digits"}
@@ -129,17 +131,23 @@ def build_denoiser(
         null_class = metadata.get("null_class", null_class)
     else:
         num_classes = null_class = None
+    schedule, predicts = noise_schedule(scheduler), prediction_type(scheduler)
+    call, module = families.NETWORKS[type(network)], network
+    if isinstance(schedule, VESchedule):
+        sign = -1.0 if predicts == "v_prediction" else 1.0
+        module = EDMNetwork(network, schedule, scheduler.config.sigma_data, sign)
+        call, predicts = call_network, "sample"
     return Denoiser(
-        network,
-        noise_schedule(scheduler),
-        prediction_type(scheduler),
+        module,
+        schedule,
+        predicts,
         (network.config.in_channels, *_size(network, latent_size)),
         num_classes=num_classes,
         null_class=null_class,
         conditions=conditions,
         guidance_scale=guidance_scale,
         guidance_rescale=guidance_rescale,
-        call=families.NETWORKS[type(network)],
+        call=call,
     )
 
 
@@ -206,7 +214,7 @@ def load_teacher(
     name = str(parts.folder) if parts.pipeline is not None else str(source)
     teacher = Teacher(
         denoiser,
-        solver_maker(parts.scheduler),
+        solver_maker(parts.scheduler, denoiser),
         num_steps,
         source=name if parts.folder is not None else None,
         codec=codec,
@@ -214,8 +222,12 @@ def load_teacher(
     return teacher.to(device)
 
 
-def solver_maker(scheduler: SchedulerMixin) -> Callable[[], SchedulerMixin]:
-    """A function that makes fresh, deterministic schedulers like `scheduler`."""
+def solver_maker(scheduler: SchedulerMixin, denoiser: Denoiser) -> Callable[[], Any]:
+    """A function that makes fresh, deterministic solvers like `scheduler`."""
+    if isinstance(denoiser.schedule, VESchedule):
+        # Times of an EDM scheduler are log(sigma) / 4, and it wants the raw network's output. The
+        # kernel is Euler's method, and evenly spaced times are Karras' sigmas.
+        return functools.partial(KernelSolver, denoiser)
     kind = DDIMScheduler if isinstance(scheduler, DDPMScheduler) else type(scheduler)
     # Variances that the network predicts are left out, see families.call_diffusers.
     learned = {"variance_type": None} if scheduler.config.get("variance_type") else {}
@@ -312,7 +324,7 @@ def describe(denoiser: Denoiser, scheduler: SchedulerMixin) -> dict[str, Any]:
         InvalidArgumentError: if the network is not a diffusers model of a known family.
     """
     network: Any = denoiser.network
-    if not can_describe(denoiser):
+    if not can_describe(denoiser, scheduler):
         raise InvalidArgumentError(
             "student",
             type(network).__name__,
@@ -331,9 +343,10 @@ def describe(denoiser: Denoiser, scheduler: SchedulerMixin) -> dict[str, Any]:
     }
 
 
-def can_describe(denoiser: Denoiser) -> bool:
-    """Whether the network is a diffusers model of a known family, called as that is."""
-    return families.NETWORKS.get(type(denoiser.network)) is denoiser.call
+def can_describe(denoiser: Denoiser, scheduler: Any) -> bool:
+    """Whether network and scheduler are diffusers', of a known family, and called as that is."""
+    known = families.NETWORKS.get(type(denoiser.network)) is denoiser.call
+    return known and isinstance(scheduler, SchedulerMixin)
 
 
 def build_from_description(description: Mapping[str, Any]) -> Denoiser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import json
@@ -22,7 +23,7 @@ from tqdm.auto import tqdm
 from .codec import Codec
 from .denoiser import Denoiser
 from .errors import CacheError, InvalidArgumentError, check_choice, check_integer
-from .noise import VPSchedule
+from .noise import NoiseSchedule, VPSchedule
 
 # Independent streams of noise: each split adds its own constant to the seed's hash.
 SPLITS = ("train", "validation", "test")
@@ -59,7 +60,7 @@ class Teacher:
         self.source = source
         self.codec = codec
         _check_solver(make_solver(), denoiser)
-        _check_deterministic(make_solver, self.num_steps)
+        _check_deterministic(make_solver, self.num_steps, denoiser)
 
     @property
     def device(self) -> torch.device:
@@ -114,7 +115,7 @@ class Teacher:
             self.denoiser.num_classes,
             self.denoiser.null_class,
             self.denoiser.latent_shape,
-            self.denoiser.schedule.initial_std,
+            _scales(self.denoiser.schedule),
             *_architecture(self.denoiser.network),
         ]
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
@@ -177,9 +178,11 @@ def _check_solver(solver: Any, denoiser: Denoiser) -> None:
         )
 
 
-def _check_deterministic(make_solver: Callable[[], Any], num_steps: int) -> None:
+def _check_deterministic(
+    make_solver: Callable[[], Any], num_steps: int, denoiser: Denoiser
+) -> None:
     """Solve twice with a prediction of 0, which takes milliseconds, and compare."""
-    x_T = torch.ones(1, 1, 2, 2)
+    x_T = torch.ones(1, 1, 2, 2, device=denoiser.device)
     with torch.random.fork_rng(devices=[]):
         first, second = (
             _solve(make_solver(), num_steps, lambda x_t, t: torch.zeros_like(x_t), x_T)
@@ -193,9 +196,18 @@ def _check_deterministic(make_solver: Callable[[], Any], num_steps: int) -> None
         )
 
 
+def _scales(schedule: NoiseSchedule) -> list[Any]:
+    """What tells schedules apart: the std at the start, and both scales at 100 times."""
+    schedule = copy.deepcopy(schedule).to("cpu")  # other devices round otherwise
+    times = torch.linspace(1.0, schedule.max_timestep, 100)
+    return [schedule.initial_std, schedule.alpha(times).tolist(), schedule.sigma(times).tolist()]
+
+
 def _architecture(network: Any) -> list[Any]:
     """Name and settings of a network: the same weights can be read in more than one way."""
-    config = getattr(network, "config", {})
+    config = getattr(network, "config", None)
+    if not isinstance(config, Mapping):
+        return [type(network).__name__, repr(network)]
     public = {name: value for name, value in config.items() if name[0] != "_"}
     return [type(network).__name__, public]
 
