@@ -10,23 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-from diffusers import DPMSolverMultistepScheduler
+import torch
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from redif_env.denoiser import Denoiser
 from redif_env.errors import InvalidArgumentError
 from redif_env.loading import AUTOENCODER_NAMES, INDEX, METADATA, network_name
+from redif_env.noise import FlowSchedule
 from redif_env.schedules import explicit
 
 from .lora import merge
 
 SNIPPET = """\
 import json, torch
-from diffusers import DPMSolverMultistepScheduler, {classes}
+from diffusers import {scheduler}, {classes}
 info = json.load(open("redif.json"))
 {name} = {network}.from_pretrained("{name}")
-scheduler = DPMSolverMultistepScheduler.from_pretrained("scheduler")
-scheduler.set_timesteps(timesteps=info["timesteps"])
+scheduler = {scheduler}.from_pretrained("scheduler")
+scheduler.set_timesteps({times}=info["{times}"])
 x = torch.randn(10, {shape}, generator=torch.Generator().manual_seed(0))
 {labels}
 for t in scheduler.timesteps:
@@ -51,7 +53,21 @@ pipe = DiffusionPipeline.from_pretrained(".", local_files_only=True)
 x = pipe("{prompt}", {options}, output_type="pt").images
 """
 # A pipeline's arguments, and what they are called in redif.json.
-PIPELINE_OPTIONS = ("timesteps", "guidance_scale", "guidance_rescale", "negative_prompt")
+PIPELINE_OPTIONS = {
+    name: name for name in ("guidance_scale", "guidance_rescale", "negative_prompt")
+}
+# Flux is told of distilled guidance by the name that others have for guidance.
+FLUX_OPTIONS = {
+    "guidance_scale": "distilled_guidance",
+    "true_cfg_scale": "guidance_scale",
+    "negative_prompt": "negative_prompt",
+}
+# The student's times count, not sigmas of the teacher's sampler.
+NO_SIGMAS = {
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+}
 TABLE_SNIPPET = """\
 # The network is called with embeddings, as by redif_env.load_teacher(..., conditions=...).
 """
@@ -84,7 +100,8 @@ def export_student(
     """Write a student as a diffusers folder: the network, `scheduler/`, `redif.json`, `README.md`.
 
     The scheduler is diffusers' DPMSolverMultistep of order 1, which equals DDIM at eta = 0 and,
-    unlike diffusers' DDIMScheduler, steps through any list of timesteps.
+    unlike diffusers' DDIMScheduler, steps through any list of timesteps; for flow matching it is
+    FlowMatchEulerDiscrete.
 
     Args:
         student: The denoiser; its network must be a diffusers model. Adapters are merged.
@@ -141,7 +158,7 @@ def _write_folder(
         index = {"_class_name": "DDPMPipeline"}
     if index:
         index[name] = ["diffusers", type(network).__name__]
-        index["scheduler"] = ["diffusers", "DPMSolverMultistepScheduler"]
+        index["scheduler"] = ["diffusers", _scheduler_name(student)]
         _write_json(temporary / INDEX, index)
     num_steps = len(grid) - 1
     card = CARD.format(
@@ -160,32 +177,39 @@ def _copy_parts(base: Path, index: Mapping[str, Any], folder: Path) -> None:
             shutil.copytree(base / name, folder / name)
 
 
-def make_scheduler(scheduler_config: Any, student: Denoiser) -> DPMSolverMultistepScheduler:
+def make_scheduler(
+    scheduler_config: Any, student: Denoiser
+) -> DPMSolverMultistepScheduler | FlowMatchEulerDiscreteScheduler:
     """The stock scheduler that samples the student."""
+    if _is_flow(student):
+        # Its Euler step is the kernel; and the student's times are not to be shifted again.
+        plain = {"shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None}
+        return FlowMatchEulerDiscreteScheduler.from_config(scheduler_config, **plain, **NO_SIGMAS)
     return DPMSolverMultistepScheduler.from_config(
         scheduler_config,
         algorithm_type="dpmsolver++",
         solver_order=1,
         final_sigmas_type="zero",
         prediction_type=student.prediction_type,
-        # The student's times count, not sigmas of the teacher's sampler; and predicted variances
-        # are left out.
-        use_karras_sigmas=False,
-        use_exponential_sigmas=False,
-        use_beta_sigmas=False,
-        variance_type=None,
+        variance_type=None,  # what networks predict of it is left out
+        **NO_SIGMAS,
     )
 
 
 def describe_student(student: Denoiser, grid: Tensor) -> dict[str, Any]:
     """What a sampler must know beside the weights."""
-    known = {
-        "num_steps": len(grid) - 1,
-        "timesteps": [int(t) for t in grid[:-1]],
-        "guidance_scale": student.guidance_scale,
-    }
+    times = [float(t) for t in grid[:-1]]
+    known: dict[str, Any] = {"num_steps": len(times)}
+    if _is_flow(student):
+        known["sigmas"] = [t / student.schedule.num_train_timesteps for t in times]
+    else:
+        known["timesteps"] = [int(t) for t in times]
+    known["guidance_scale"] = student.guidance_scale
     if student.conditions is None:
         return {**known, "num_classes": student.num_classes, "null_class": student.null_class}
+    distilled = student.conditions.tensors().get("guidance")
+    if distilled is not None:
+        known["distilled_guidance"] = float(distilled[0])
     return {
         **known,
         "guidance_rescale": student.guidance_rescale,
@@ -215,6 +239,8 @@ def snippet(student: Denoiser, index: Mapping[str, Any]) -> str:
     guided = student.nfe == 2
     labels = LABELS_GUIDED if guided else LABELS
     lines = SNIPPET.format(
+        scheduler=_scheduler_name(student),
+        times=_times_name(student),
         classes=kind if decoder is None else f"{kind}, {index[decoder][1]}",
         name=name,
         network=kind,
@@ -235,12 +261,27 @@ def _pipeline_snippet(student: Denoiser, index: Mapping[str, Any]) -> str:
     """Lines that let the student's whole pipeline sample a prompt."""
     assert student.conditions is not None
     call = getattr(diffusers, index["_class_name"]).__call__
-    taken = [name for name in PIPELINE_OPTIONS if name in inspect.signature(call).parameters]
-    if student.conditions.null_text is None:
-        taken.remove("negative_prompt")
+    taken, known = inspect.signature(call).parameters, describe_student(student, torch.ones(2))
+    options = FLUX_OPTIONS if "true_cfg_scale" in taken else PIPELINE_OPTIONS
+    given = {_times_name(student): _times_name(student), **options}
+    used = [name for name, key in given.items() if name in taken and known.get(key) is not None]
     prompt = json.dumps((student.conditions.texts or ["a prompt"])[0])[1:-1]
-    options = ", ".join(f'{name}=info["{name}"]' for name in taken)
-    return PIPELINE_SNIPPET.format(prompt=prompt, options=options)
+    text = ", ".join(f'{name}=info["{given[name]}"]' for name in used)
+    return PIPELINE_SNIPPET.format(prompt=prompt, options=text)
+
+
+def _is_flow(student: Denoiser) -> bool:
+    return isinstance(student.schedule, FlowSchedule)
+
+
+def _times_name(student: Denoiser) -> str:
+    """What pipelines, schedulers and `redif.json` call the times."""
+    return "sigmas" if _is_flow(student) else "timesteps"
+
+
+def _scheduler_name(student: Denoiser) -> str:
+    kind = FlowMatchEulerDiscreteScheduler if _is_flow(student) else DPMSolverMultistepScheduler
+    return kind.__name__
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

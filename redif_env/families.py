@@ -11,7 +11,9 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
     DiTTransformer2DModel,
+    FluxTransformer2DModel,
     PixArtTransformer2DModel,
+    SD3Transformer2DModel,
     UNet2DConditionModel,
     UNet2DModel,
     VQModel,
@@ -41,13 +43,45 @@ def call_diffusers(network: Any, x_t: Tensor, t: Tensor, told: Told) -> Tensor:
     return prediction[:, : x_t.shape[1]]
 
 
+def call_flux(network: Any, x_t: Tensor, t: Tensor, told: Told) -> Tensor:
+    """Call a Flux transformer: squares of 2 x 2 latents are its tokens, and time is in [0, 1]."""
+    assert isinstance(told, dict)
+    num, channels, height, width = x_t.shape
+    rows, columns = height // 2, width // 2
+    tokens = x_t.reshape(num, channels, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5)
+    places = torch.zeros(rows, columns, 3, device=x_t.device, dtype=x_t.dtype)
+    places[..., 1] = torch.arange(rows, device=x_t.device)[:, None]
+    places[..., 2] = torch.arange(columns, device=x_t.device)
+    prediction = network(
+        tokens.reshape(num, rows * columns, 4 * channels),
+        timestep=(t / FLUX_TIMESTEPS).to(x_t.dtype),
+        img_ids=places.reshape(-1, 3),
+        txt_ids=places.new_zeros(told["encoder_hidden_states"].shape[1], 3),
+        return_dict=False,
+        **told,
+    )[0]
+    squares = prediction.reshape(num, rows, columns, channels, 2, 2)
+    return squares.permute(0, 3, 1, 4, 2, 5).reshape(x_t.shape)
+
+
 # Each family by its network's class, with how it is called.
 NETWORKS: dict[type, Call] = {
     UNet2DModel: call_diffusers,
     UNet2DConditionModel: call_diffusers,
     DiTTransformer2DModel: call_diffusers,
     PixArtTransformer2DModel: call_diffusers,
+    SD3Transformer2DModel: call_diffusers,
+    FluxTransformer2DModel: call_flux,
 }
+TEXT_TO_IMAGE = (
+    UNet2DConditionModel,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    FluxTransformer2DModel,
+)
+FLUX_TIMESTEPS = 1000
+FLUX_SIZE = 128  # side of the latents of a picture of 1024 x 1024
+FLUX_GUIDANCE = 3.5  # what Flux-dev is told of guidance, unless a table says otherwise
 AUTOENCODERS = (AutoencoderKL, AutoencoderTiny, VQModel)
 
 
@@ -68,7 +102,15 @@ def classes(network: Any) -> tuple[int | None, int | None]:
 
 def needs_table(network: Any) -> bool:
     """Whether a network can not be called without a table of conditions."""
-    return isinstance(network, UNet2DConditionModel | PixArtTransformer2DModel)
+    return isinstance(network, TEXT_TO_IMAGE)
+
+
+def latent_shape(network: Any) -> tuple[int, Any]:
+    """Channels of the latents, and their side or sides as far as the config tells, or None."""
+    config = network.config
+    if isinstance(network, FluxTransformer2DModel):
+        return config.in_channels // 4, FLUX_SIZE
+    return config.in_channels, config.sample_size
 
 
 def check_table(network: Any, tensors: Rows) -> None:
@@ -84,13 +126,52 @@ def check_table(network: Any, tensors: Rows) -> None:
             "conditions", unknown, f"name them as arguments of {type(network).__name__}."
         )
     name = "encoder_hidden_states"
-    width = network.config.get("caption_channels") or network.config.get("cross_attention_dim")
+    settings = ("caption_channels", "joint_attention_dim", "cross_attention_dim")
+    width = next((network.config[key] for key in settings if network.config.get(key)), None)
     if needs_table(network) and name not in tensors:
         raise InvalidArgumentError("conditions", sorted(tensors), f"it needs {name}.")
     if name in tensors and isinstance(width, int) and tensors[name].shape[-1] != width:
         raise InvalidArgumentError(
             "conditions", tuple(tensors[name].shape), f"pass {name} of width {width}."
         )
+
+
+def patch_side(network: Any) -> int:
+    """Latent elements a side of what a network takes as one; their sides must be multiples."""
+    if isinstance(network, FluxTransformer2DModel):
+        return 2
+    levels = network.config.get("block_out_channels")  # each of a UNet's but the last halves
+    return 2 ** (len(levels) - 1) if levels else network.config.get("patch_size") or 1
+
+
+def flow_solver(kind: Any, config: Any, network: Any, tokens: int) -> Any:
+    """A flow-matching scheduler that needs to know the picture's size, told as pipelines do.
+
+    Esser et al. 2024, section 5.3.2: larger pictures keep more signal at the same sigma, so that
+    times are shifted by an amount that grows with the number of tokens. Flux's pipeline also
+    spaces the times in its own way.
+
+    Args:
+        kind: The scheduler's class.
+        config: Its config, with `use_dynamic_shifting`.
+        network: The transformer.
+        tokens: Of a picture.
+    """
+    solver = kind.from_config(config)
+    set_timesteps, few = solver.set_timesteps, config.get("base_image_seq_len") or 256
+    many, least = config.get("max_image_seq_len") or 4096, config.get("base_shift") or 0.5
+    slope = ((config.get("max_shift") or 1.15) - least) / (many - few)
+    mu = least + slope * (tokens - few)
+
+    def set_shifted(num_steps: int, device: Any = None) -> None:
+        if isinstance(network, FluxTransformer2DModel):
+            sigmas = torch.linspace(1.0, 1 / num_steps, num_steps, dtype=torch.float64).numpy()
+            set_timesteps(sigmas=sigmas, device=device, mu=mu)
+        else:
+            set_timesteps(num_steps, device=device, mu=mu)
+
+    solver.set_timesteps = set_shifted
+    return solver
 
 
 def make_codec(autoencoder: Any) -> Codec:
@@ -115,11 +196,12 @@ def pixel_factor(autoencoder: Any) -> int:
     return 2 ** (len(autoencoder.config.block_out_channels) - 1)
 
 
-def size_rows(network: Any, height: int, width: int) -> Rows:
-    """What a network wants to be told of the picture's size in pixels, `(1, ...)` each.
+def shared_rows(network: Any, height: int, width: int) -> Rows:
+    """What a network wants to be told beside the text, `(1, ...)` each.
 
-    SDXL: original size, crop and target size (Podell et al. 2023, section 2.2), here a picture
-    that was neither scaled nor cropped. PixArt-alpha at 1024: resolution and aspect ratio.
+    SDXL: original size, crop and target size of the picture in pixels (Podell et al. 2023, section
+    2.2), here one that was neither scaled nor cropped. PixArt-alpha at 1024: resolution and aspect
+    ratio. Flux-dev: the guidance scale that was distilled into it.
     """
     if isinstance(network, PixArtTransformer2DModel) and network.use_additional_conditions:
         return {
@@ -128,4 +210,6 @@ def size_rows(network: Any, height: int, width: int) -> Rows:
         }
     if network.config.get("addition_embed_type") == "text_time":
         return {"time_ids": torch.tensor([[float(height), width, 0, 0, height, width]])}
+    if isinstance(network, FluxTransformer2DModel) and network.config.guidance_embeds:
+        return {"guidance": torch.tensor([FLUX_GUIDANCE])}
     return {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,7 +142,7 @@ def build_denoiser(
         module,
         schedule,
         predicts,
-        (network.config.in_channels, *_size(network, latent_size)),
+        (families.latent_shape(network)[0], *_size(network, latent_size)),
         num_classes=num_classes,
         null_class=null_class,
         conditions=conditions,
@@ -228,6 +229,13 @@ def solver_maker(scheduler: SchedulerMixin, denoiser: Denoiser) -> Callable[[], 
         # Times of an EDM scheduler are log(sigma) / 4, and it wants the raw network's output. The
         # kernel is Euler's method, and evenly spaced times are Karras' sigmas.
         return functools.partial(KernelSolver, denoiser)
+    if scheduler.config.get("use_dynamic_shifting"):
+        network: Any = denoiser.network
+        side = families.patch_side(network)
+        tokens = math.prod(length // side for length in denoiser.latent_shape[1:])
+        return functools.partial(
+            families.flow_solver, type(scheduler), scheduler.config, network, tokens
+        )
     kind = DDIMScheduler if isinstance(scheduler, DDPMScheduler) else type(scheduler)
     # Variances that the network predicts are left out, see families.call_diffusers.
     learned = {"variance_type": None} if scheduler.config.get("variance_type") else {}
@@ -311,7 +319,7 @@ def make_table(
         table = load_prompts(parts.folder, texts, negative_prompt, dtype, device)
     factor = families.pixel_factor(parts.autoencoder)
     height, width = _size(parts.network, latent_size)
-    rows = families.size_rows(parts.network, factor * height, factor * width)
+    rows = families.shared_rows(parts.network, factor * height, factor * width)
     return table.with_shared(rows)
 
 
@@ -452,15 +460,20 @@ def _size(network: Any, latent_size: int | tuple[int, ...] | None) -> tuple[int,
 
     Raises:
         TeacherFolderError: if neither the caller nor the network says.
+        InvalidArgumentError: for a size that the network can not divide.
     """
-    size: Any = network.config.sample_size if latent_size is None else latent_size
+    size: Any = families.latent_shape(network)[1] if latent_size is None else latent_size
     if size is None:
         name = network.config.get("_name_or_path") or type(network).__name__
         raise TeacherFolderError(
             "teacher", name, "its config has no sample_size: add one, or pass latent_size."
         )
     height, width = (size, size) if isinstance(size, int) else size
-    return check_integer("latent_size", height, 1), check_integer("latent_size", width, 1)
+    side = families.patch_side(network)
+    for length in (height, width):
+        if check_integer("latent_size", length, 1) % side:
+            raise InvalidArgumentError("latent_size", size, f"pass multiples of {side}.")
+    return height, width
 
 
 def _read_metadata(folder: Path) -> dict[str, Any]:

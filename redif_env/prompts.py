@@ -213,9 +213,30 @@ def _encode_pixart(pipeline: Any, texts: list[str], negative: str | None) -> tup
     )
 
 
+def _encode_sd3(pipeline: Any, texts: list[str], negative: str | None) -> tuple[Rows, Rows]:
+    rows, null, pooled, null_pooled = pipeline.encode_prompt(
+        texts, None, None, negative_prompt=negative or ""
+    )
+    return (
+        {"encoder_hidden_states": rows, "pooled_projections": pooled},
+        {"encoder_hidden_states": null, "pooled_projections": null_pooled},
+    )
+
+
+def _encode_flux(pipeline: Any, texts: list[str], negative: str | None) -> tuple[Rows, Rows]:
+    rows, pooled, _ = pipeline.encode_prompt(texts, None)
+    null, null_pooled, _ = pipeline.encode_prompt(negative or "", None)
+    return (
+        {"encoder_hidden_states": rows, "pooled_projections": pooled},
+        {"encoder_hidden_states": null, "pooled_projections": null_pooled},
+    )
+
+
 # By how the names of a family's pipelines start; the first that fits counts.
 ENCODERS: dict[str, Encode] = {
     "StableDiffusionXL": _encode_sdxl,
     "StableDiffusionPipeline": _encode_stable_diffusion,
     "PixArt": _encode_pixart,
+    "StableDiffusion3": _encode_sd3,
+    "FluxPipeline": _encode_flux,
 }

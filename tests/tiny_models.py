@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import string
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -19,11 +20,17 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     LDMPipeline,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
     PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -48,6 +55,7 @@ class Family:
         sample: `(pipeline, x_T, condition, num_steps) -> x_0`, with nothing of this project.
         num_conditions: How many there are to choose from; None without any.
         num_steps: Steps of the teacher.
+        exports: Whether a student can be written as a folder of plain diffusers.
     """
 
     make: Callable[[], Any]
@@ -55,6 +63,7 @@ class Family:
     sample: Callable[[Any, Tensor, Tensor | None, int], Tensor]
     num_conditions: int | None = None
     num_steps: int = 4
+    exports: bool = True
 
 
 def seeded(kind: type, **config: Any) -> Any:
@@ -155,7 +164,9 @@ def call_pipeline(**options: Any) -> Callable[..., Tensor]:
 @torch.no_grad()
 def plain_loop(pipeline: Any, x_T: Tensor, condition: Tensor | None, num_steps: int) -> Tensor:
     """Sampling of a network that is told nothing or a class, as diffusers' pipelines do it."""
-    solver = DDIMScheduler.from_config(pipeline.scheduler.config)
+    kind = type(pipeline.scheduler)
+    kind = DDIMScheduler if kind is DDPMScheduler else kind
+    solver = kind.from_config(pipeline.scheduler.config)
     solver.set_timesteps(num_steps)
     x_t, told = x_T, {} if condition is None else {"class_labels": condition}
     for t in solver.timesteps:
@@ -242,10 +253,10 @@ def t5_tokenizer() -> Any:
     return T5Tokenizer(vocab=pieces, extra_ids=0)
 
 
-def t5_encoder() -> Any:
+def t5_encoder(d_model: int = 16) -> Any:
     from transformers import T5Config, T5EncoderModel
 
-    config = T5Config(vocab_size=30, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2)
+    config = T5Config(vocab_size=30, d_model=d_model, d_kv=8, d_ff=16, num_layers=2, num_heads=2)
     return seeded(T5EncoderModel, config=config)
 
 
@@ -312,6 +323,92 @@ def stable_diffusion_with_tiny_autoencoder() -> StableDiffusionPipeline:
     pipeline = stable_diffusion(DDIMScheduler(clip_sample=False, **BETAS, **STEPS))
     pipeline.vae = tiny_autoencoder()
     return pipeline
+
+
+def stable_diffusion_3() -> StableDiffusion3Pipeline:
+    """With all three encoders, and times that are shifted by the picture's size, as in 3.5."""
+    transformer = seeded(
+        SD3Transformer2DModel,
+        sample_size=SIDE,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pooled_projection_dim=32,
+        pos_embed_max_size=SIDE,
+    )
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=kl_autoencoder(shift_factor=0.1),
+        text_encoder=clip_encoder("CLIPTextModelWithProjection"),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=clip_encoder("CLIPTextModelWithProjection"),
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_3=t5_encoder(d_model=32),
+        tokenizer_3=t5_tokenizer(),
+    )
+
+
+def flux() -> FluxPipeline:
+    """With distilled guidance, as the dev model."""
+    transformer = seeded(
+        FluxTransformer2DModel,
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=16,
+        axes_dims_rope=(4, 4, 8),
+        guidance_embeds=True,
+    )
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=kl_autoencoder(shift_factor=0.1),
+        text_encoder=clip_encoder(),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=t5_encoder(),
+        tokenizer_2=t5_tokenizer(),
+        transformer=transformer,
+    )
+
+
+def sample_flux(pipeline: Any, x_T: Tensor, condition: Tensor, num_steps: int) -> Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    height, width = (2 * side for side in x_T.shape[2:])
+    packed = pipeline._pack_latents(x_T, *x_T.shape)
+    texts = prompts_of(condition)
+    x_0 = pipeline(
+        texts,
+        negative_prompt=["ugly"] * len(texts),
+        true_cfg_scale=3.0,
+        height=height,
+        width=width,
+        latents=packed,
+        num_inference_steps=num_steps,
+        output_type="latent",
+    ).images
+    return pipeline._unpack_latents(x_0, height, width, pipeline.vae_scale_factor)
+
+
+@torch.no_grad()
+def sample_edm(pipeline: Any, x_T: Tensor, condition: None, num_steps: int) -> Tensor:
+    """Euler's method on Karras' sigmas, with the scheduler's own preconditioning."""
+    scheduler = pipeline.scheduler
+    x, sigmas = x_T, scheduler._compute_karras_sigmas(torch.linspace(0, 1, num_steps + 1))
+    for sigma, following in itertools.pairwise([*sigmas[:-1], torch.zeros(())]):
+        told = scheduler.precondition_noise(sigma).reshape(1)
+        raw = pipeline.unet(scheduler.precondition_inputs(x, sigma), told).sample
+        x_0 = scheduler.precondition_outputs(x, raw, sigma)
+        x = x + (following - sigma) * (x - x_0) / sigma
+    return x
 
 
 FAMILIES = {
@@ -399,5 +496,33 @@ FAMILIES = {
         ),
         {},
         plain_loop,
+    ),
+    "flow matching": Family(
+        lambda: DDPMPipeline(pixel_unet(), FlowMatchEulerDiscreteScheduler(shift=2.0)),
+        {},
+        plain_loop,
+    ),
+    "Stable Diffusion 3": Family(
+        stable_diffusion_3,
+        {"prompts": PROMPTS, "negative_prompt": "ugly", "guidance_scale": 3.0},
+        call_pipeline(guidance_scale=3.0, negative_prompt="ugly"),
+        num_conditions=3,
+    ),
+    "Flux": Family(
+        flux,
+        {
+            "prompts": PROMPTS,
+            "negative_prompt": "ugly",
+            "guidance_scale": 3.0,
+            "latent_size": SIDE,
+        },
+        sample_flux,
+        num_conditions=3,
+    ),
+    "EDM": Family(
+        lambda: DDPMPipeline(pixel_unet(), EDMEulerScheduler(sigma_max=10.0)),
+        {},
+        sample_edm,
+        exports=False,
     ),
 }
