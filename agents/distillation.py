@@ -108,10 +108,9 @@ def distill(
         reward: A `Reward` or the name of one. One with a map gets local credit.
         iterations: Rollouts of `num_envs` trajectories, each followed by an update.
         num_envs: Trajectories of a rollout.
-        preset: Recipe, see `presets.PRESETS`; what follows the guidance, to `ema_decay`, defaults to
-            its values.
-        guidance_scale: Of the student; default: the teacher's. 1 distils guidance away, which halves
-            the cost of each step.
+        preset: Recipe, see `presets.PRESETS`; `group_size` to `ema_decay` default to its values.
+        guidance_scale: Of the student; default: the teacher's. 1 distils guidance away, and halves
+            the cost of a step.
         group_size: Trajectories that share noise and class; their mean is the baseline.
         batch_size: Transitions of a minibatch.
         learning_rate: Initial learning rate; with adapters, ten times the preset's by default.

@@ -137,11 +137,10 @@ def check_table(network: Any, tensors: Rows) -> None:
 
 
 def patch_side(network: Any) -> int:
-    """Latent elements a side of what a network takes as one; their sides must be multiples."""
+    """Latent elements a side of a transformer's token, of which sides must be multiples."""
     if isinstance(network, FluxTransformer2DModel):
         return 2
-    levels = network.config.get("block_out_channels")  # each of a UNet's but the last halves
-    return 2 ** (len(levels) - 1) if levels else network.config.get("patch_size") or 1
+    return network.config.get("patch_size") or 1
 
 
 def flow_solver(kind: Any, config: Any, network: Any, tokens: int) -> Any:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -257,6 +258,17 @@ def test_a_name_of_the_hub_is_only_asked_for_on_request(text_folder, monkeypatch
         load_teacher("someone/model", prompts=PROMPTS, local_files_only=False)
 
 
+def test_the_lines_of_the_documentation_run(text_folder, own_cache):
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        scope: dict = {"__name__": "documentation"}
+        exec(block.replace("path/to/stable-diffusion", str(text_folder)), scope)
+        observation, _ = scope["env"].reset(seed=0)
+        assert observation["latents"].shape[0] == scope["env"].num_envs
+
+
 def without(folder, target, *parts):
     copy = shutil.copytree(folder, target / "pipeline")
     for part in parts:
@@ -297,8 +309,8 @@ BAD = {
         InvalidArgumentError,
         "latent_size",
     ),
-    "latents that can not be halved": (
-        lambda f, tmp: load_teacher(f, prompts=PROMPTS, latent_size=7),
+    "latents that make no whole tokens": (
+        lambda f, tmp: load_teacher(made("DiT"), latent_size=7),
         InvalidArgumentError,
         "latent_size",
     ),
