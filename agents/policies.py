@@ -342,6 +342,13 @@ def _check_spaces(observation_space: Any, action_space: Any, denoiser: Denoiser)
             f"latents of {denoiser.latent_shape}",
             f"pass a student for the environment's {keys['latents'].shape}.",
         )
+    told = keys.get("condition")
+    if denoiser.conditions is not None and getattr(told, "n", None) != len(denoiser.conditions):
+        raise InvalidArgumentError(
+            "student",
+            f"a table of {len(denoiser.conditions)} conditions",
+            f"pass a student with the environment's conditions, {told}.",
+        )
     if action_space.shape != (int(torch.Size(denoiser.latent_shape).numel()),):
         raise InvalidArgumentError(
             "action_space",

@@ -516,4 +516,11 @@ def _check_bank(bank: TeacherBank, denoiser: Denoiser) -> TeacherBank:
         raise InvalidArgumentError(
             "bank", f"conditions {tuple(bank.condition.shape)}", "pass a class for each task."
         )
+    known = denoiser.num_classes
+    if bank.condition is not None and known is not None and int(bank.condition.max()) >= known:
+        raise InvalidArgumentError(
+            "bank",
+            f"condition {int(bank.condition.max())}",
+            f"pass a bank that was built with this teacher, which has {known}.",
+        )
     return bank

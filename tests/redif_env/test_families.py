@@ -14,6 +14,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteSc
 from tiny_models import FAMILIES, PROMPTS
 
 import redif_env.prompts
+from agents import ReDiFPPO
 from redif_env import Conditions, ReDiFVectorEnv, TeacherBank, load_denoiser, load_teacher
 from redif_env import transition as kernel
 from redif_env.errors import (
@@ -234,6 +235,19 @@ def test_offloaded_teachers_still_answer(text_folder):
     before = teacher.sample(x_T, torch.tensor([0, 1]))
     assert teacher.offload() is teacher
     assert torch.equal(teacher.sample(x_T, torch.tensor([0, 1])), before)
+
+
+def test_conditions_of_others_are_refused(text_folder, own_cache):
+    """Rows beyond the table would be the negative prompt, or an index error on the device."""
+    many = load_teacher(text_folder, num_steps=2, prompts=PROMPTS)
+    few = load_teacher(text_folder, num_steps=2, prompts=PROMPTS[:1])
+    bank = TeacherBank.build(many, 8)
+    assert int(bank.condition.max()) > 0
+    with pytest.raises(InvalidArgumentError, match=r"bank=.*which has 1"):
+        ReDiFVectorEnv(2, few, bank=bank)
+    env = ReDiFVectorEnv(2, many, bank=bank, schedule="uniform", num_steps=2, group_size=2)
+    with pytest.raises(InvalidArgumentError, match=r"student=.*table of 1"):
+        ReDiFPPO("StudentPolicy", env, policy_kwargs={"student": few.denoiser})
 
 
 def test_a_name_of_the_hub_is_only_asked_for_on_request(text_folder, monkeypatch):
