@@ -49,15 +49,15 @@ PIPELINE_SNIPPET = """\
 import json
 from diffusers import DiffusionPipeline
 info = json.load(open("redif.json"))
-pipe = DiffusionPipeline.from_pretrained(".", local_files_only=True)
+pipe = DiffusionPipeline.from_pretrained(".", local_files_only=True{absent})
 x = pipe("{prompt}", {options}, output_type="pt").images
 """
 # A pipeline's arguments, and what they are called in redif.json.
 PIPELINE_OPTIONS = {
     name: name for name in ("guidance_scale", "guidance_rescale", "negative_prompt")
 }
-# Flux is told of distilled guidance by the name that others have for guidance.
-FLUX_OPTIONS = {
+# Distilled guidance goes by the name that others have for guidance, which Flux has too.
+DISTILLED_OPTIONS = {
     "guidance_scale": "distilled_guidance",
     "true_cfg_scale": "guidance_scale",
     "negative_prompt": "negative_prompt",
@@ -262,12 +262,18 @@ def _pipeline_snippet(student: Denoiser, index: Mapping[str, Any]) -> str:
     assert student.conditions is not None
     call = getattr(diffusers, index["_class_name"]).__call__
     taken, known = inspect.signature(call).parameters, describe_student(student, torch.ones(2))
-    options = FLUX_OPTIONS if "true_cfg_scale" in taken else PIPELINE_OPTIONS
+    options = DISTILLED_OPTIONS if "distilled_guidance" in known else PIPELINE_OPTIONS
     given = {_times_name(student): _times_name(student), **options}
     used = [name for name, key in given.items() if name in taken and known.get(key) is not None]
     prompt = json.dumps((student.conditions.texts or ["a prompt"])[0])[1:-1]
     text = ", ".join(f'{name}=info["{given[name]}"]' for name in used)
-    return PIPELINE_SNIPPET.format(prompt=prompt, options=text)
+    # diffusers wants to be told of encoders that are left out on purpose.
+    absent = "".join(f", {name}=None" for name in index if _is_absent_text(name, index[name]))
+    return PIPELINE_SNIPPET.format(prompt=prompt, options=text, absent=absent)
+
+
+def _is_absent_text(name: str, value: Any) -> bool:
+    return name.startswith(("text_encoder", "tokenizer")) and value == [None, None]
 
 
 def _is_flow(student: Denoiser) -> bool:

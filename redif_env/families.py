@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -26,6 +27,7 @@ from .errors import InvalidArgumentError
 
 Rows: TypeAlias = dict[str, Tensor]
 ADDED = ("text_embeds", "time_ids", "resolution", "aspect_ratio")
+GUIDANCE = "guidance"
 
 
 def call_diffusers(network: Any, x_t: Tensor, t: Tensor, told: Told) -> Tensor:
@@ -39,8 +41,23 @@ def call_diffusers(network: Any, x_t: Tensor, t: Tensor, told: Told) -> Tensor:
         rows["added_cond_kwargs"] = added
     if rows.get("class_labels", 0) is None:
         del rows["class_labels"]
+    if GUIDANCE in rows:
+        width = network.config.time_cond_proj_dim
+        rows["timestep_cond"] = embed_guidance(rows.pop(GUIDANCE), width).to(x_t.dtype)
     prediction = network(x_t, timestep=t, return_dict=False, **rows)[0]
     return prediction[:, : x_t.shape[1]]
+
+
+def embed_guidance(scale: Tensor, width: int) -> Tensor:
+    """What a UNet with distilled guidance is told of its scale `(N,)`: waves, `(N, width)`.
+
+    As diffusers' `get_guidance_scale_embedding` of `scale - 1` (Luo et al. 2023, section 4.2).
+    """
+    half = width // 2
+    rates = torch.exp(torch.arange(half, device=scale.device) * (-math.log(1e4) / (half - 1)))
+    angles = 1000 * (scale.float() - 1)[:, None] * rates
+    waves = torch.cat([angles.sin(), angles.cos()], 1)
+    return torch.nn.functional.pad(waves, (0, width % 2))
 
 
 def call_flux(network: Any, x_t: Tensor, t: Tensor, told: Told) -> Tensor:
@@ -81,7 +98,6 @@ TEXT_TO_IMAGE = (
 )
 FLUX_TIMESTEPS = 1000
 FLUX_SIZE = 128  # side of the latents of a picture of 1024 x 1024
-FLUX_GUIDANCE = 3.5  # what Flux-dev is told of guidance, unless a table says otherwise
 AUTOENCODERS = (AutoencoderKL, AutoencoderTiny, VQModel)
 
 
@@ -119,7 +135,7 @@ def check_table(network: Any, tensors: Rows) -> None:
     Raises:
         InvalidArgumentError: in that case.
     """
-    taken = {*inspect.signature(network.forward).parameters, *ADDED}
+    taken = {*inspect.signature(network.forward).parameters, *ADDED, GUIDANCE}
     unknown = sorted(set(tensors) - taken)
     if unknown:
         raise InvalidArgumentError(
@@ -195,20 +211,20 @@ def pixel_factor(autoencoder: Any) -> int:
     return 2 ** (len(autoencoder.config.block_out_channels) - 1)
 
 
-def shared_rows(network: Any, height: int, width: int) -> Rows:
+def shared_rows(network: Any, height: int, width: int, distilled_guidance: float) -> Rows:
     """What a network wants to be told beside the text, `(1, ...)` each.
 
     SDXL: original size, crop and target size of the picture in pixels (Podell et al. 2023, section
     2.2), here one that was neither scaled nor cropped. PixArt-alpha at 1024: resolution and aspect
-    ratio. Flux-dev: the guidance scale that was distilled into it.
+    ratio. Flux-dev and UNets of latent consistency models: the scale of the guidance that was
+    distilled into them.
     """
+    rows: Rows = {}
     if isinstance(network, PixArtTransformer2DModel) and network.use_additional_conditions:
-        return {
-            "resolution": torch.tensor([[float(height), width]]),
-            "aspect_ratio": torch.tensor([[height / width]]),
-        }
+        rows["resolution"] = torch.tensor([[float(height), width]])
+        rows["aspect_ratio"] = torch.tensor([[height / width]])
     if network.config.get("addition_embed_type") == "text_time":
-        return {"time_ids": torch.tensor([[float(height), width, 0, 0, height, width]])}
-    if isinstance(network, FluxTransformer2DModel) and network.config.guidance_embeds:
-        return {"guidance": torch.tensor([FLUX_GUIDANCE])}
-    return {}
+        rows["time_ids"] = torch.tensor([[float(height), width, 0, 0, height, width]])
+    if network.config.get("guidance_embeds") or network.config.get("time_cond_proj_dim"):
+        rows[GUIDANCE] = torch.tensor([distilled_guidance])
+    return rows

@@ -18,7 +18,7 @@ from . import families
 from .adapters import EDMNetwork
 from .conditions import Conditions
 from .denoiser import Denoiser, call_network
-from .errors import InvalidArgumentError, TeacherFolderError, check_integer
+from .errors import InvalidArgumentError, TeacherFolderError, check_integer, check_number
 from .noise import FlowSchedule, NoiseSchedule, VESchedule, VPSchedule
 from .prompts import encode_prompts, load_prompts, read_texts
 from .solvers import KernelSolver
@@ -27,6 +27,7 @@ from .teacher import Teacher
 BUNDLED = {"digits": Path(__file__).parent / "assets" / "digits"}
 METADATA = "redif.json"
 INDEX = "model_index.json"
+DISTILLED_GUIDANCE = 3.5  # of Flux-dev's pipeline
 # What pipelines call the part that denoises, and the one that decodes.
 NETWORK_NAMES = ("unet", "transformer")
 AUTOENCODER_NAMES = ("vae", "vqvae")
@@ -161,6 +162,7 @@ def load_teacher(
     conditions: Conditions | None = None,
     guidance_scale: float = 1.0,
     guidance_rescale: float = 0.0,
+    distilled_guidance: float = DISTILLED_GUIDANCE,
     latent_size: int | tuple[int, int] | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
@@ -184,6 +186,8 @@ def load_teacher(
         conditions: A table in the place of prompts, with the names of the network's arguments.
         guidance_scale: Scale of classifier-free guidance; 1 is none.
         guidance_rescale: See `Denoiser`.
+        distilled_guidance: What networks that have guidance distilled into them (Flux-dev, latent
+            consistency models) are told of its scale; it costs nothing.
         latent_size: Height and width of the latents, or one number; default: the network's own.
         device: Where the network goes.
         dtype: Of the network and the text encoders; default: as saved in memory, else float32. The
@@ -200,7 +204,13 @@ def load_teacher(
     """
     parts = take_apart(source, dtype, variant, local_files_only)
     table = make_table(
-        parts, prompts, negative_prompt, conditions, latent_size=latent_size, device=device
+        parts,
+        prompts,
+        negative_prompt,
+        conditions,
+        distilled_guidance=distilled_guidance,
+        latent_size=latent_size,
+        device=device,
     )
     denoiser = build_denoiser(
         parts.network,
@@ -286,6 +296,7 @@ def make_table(
     negative_prompt: str | None = None,
     conditions: Conditions | None = None,
     *,
+    distilled_guidance: float = DISTILLED_GUIDANCE,
     latent_size: int | tuple[int, int] | None = None,
     device: str | torch.device = "cpu",
 ) -> Conditions | None:
@@ -319,7 +330,8 @@ def make_table(
         table = load_prompts(parts.folder, texts, negative_prompt, dtype, device)
     factor = families.pixel_factor(parts.autoencoder)
     height, width = _size(parts.network, latent_size)
-    rows = families.shared_rows(parts.network, factor * height, factor * width)
+    distilled_guidance = check_number("distilled_guidance", distilled_guidance)
+    rows = families.shared_rows(parts.network, factor * height, factor * width, distilled_guidance)
     return table.with_shared(rows)
 
 

@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import torch
@@ -109,13 +110,19 @@ def _load_encoders(folder: Path, dtype: torch.dtype | None) -> Any:
     }
     options = {} if dtype in (None, torch.float32) else {"torch_dtype": dtype}
     try:
-        return DiffusionPipeline.from_pretrained(
+        pipeline = DiffusionPipeline.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, **options, **left_out
         )
     except Exception as error:  # diffusers and transformers raise many kinds for a damaged folder
         raise TeacherFolderError(
             "teacher", str(folder), f"its text encoders could not be loaded ({error})."
         ) from error
+    config = folder / "transformer" / "config.json"
+    if config.is_file():
+        # Stable Diffusion 3 without its T5 encoder reads the width of the zeros in its place here.
+        settings = SimpleNamespace(**json.loads(config.read_text()))
+        pipeline.transformer = SimpleNamespace(config=settings)
+    return pipeline
 
 
 def _read_index(folder: Path) -> dict[str, Any]:

@@ -175,12 +175,12 @@ def plain_loop(pipeline: Any, x_T: Tensor, condition: Tensor | None, num_steps: 
     return x_t
 
 
-def stable_diffusion(scheduler: Any) -> StableDiffusionPipeline:
+def stable_diffusion(scheduler: Any, **config: Any) -> StableDiffusionPipeline:
     return StableDiffusionPipeline(
         vae=kl_autoencoder(),
         text_encoder=clip_encoder(),
         tokenizer=clip_tokenizer(),
-        unet=conditional_unet(),
+        unet=conditional_unet(**config),
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
@@ -325,8 +325,8 @@ def stable_diffusion_with_tiny_autoencoder() -> StableDiffusionPipeline:
     return pipeline
 
 
-def stable_diffusion_3() -> StableDiffusion3Pipeline:
-    """With all three encoders, and times that are shifted by the picture's size, as in 3.5."""
+def stable_diffusion_3(has_t5: bool = True) -> StableDiffusion3Pipeline:
+    """With two or three encoders, and times that are shifted by the picture's size, as in 3.5."""
     transformer = seeded(
         SD3Transformer2DModel,
         sample_size=SIDE,
@@ -349,8 +349,8 @@ def stable_diffusion_3() -> StableDiffusion3Pipeline:
         tokenizer=clip_tokenizer(),
         text_encoder_2=clip_encoder("CLIPTextModelWithProjection"),
         tokenizer_2=clip_tokenizer(),
-        text_encoder_3=t5_encoder(d_model=32),
-        tokenizer_3=t5_tokenizer(),
+        text_encoder_3=t5_encoder(d_model=32) if has_t5 else None,
+        tokenizer_3=t5_tokenizer() if has_t5 else None,
     )
 
 
@@ -506,6 +506,20 @@ FAMILIES = {
         stable_diffusion_3,
         {"prompts": PROMPTS, "negative_prompt": "ugly", "guidance_scale": 3.0},
         call_pipeline(guidance_scale=3.0, negative_prompt="ugly"),
+        num_conditions=3,
+    ),
+    "Stable Diffusion 3 without T5": Family(
+        lambda: stable_diffusion_3(has_t5=False),
+        {"prompts": PROMPTS, "guidance_scale": 3.0},
+        call_pipeline(guidance_scale=3.0),
+        num_conditions=3,
+    ),
+    "distilled guidance": Family(
+        lambda: stable_diffusion(
+            DDIMScheduler(clip_sample=False, **BETAS, **STEPS), time_cond_proj_dim=6
+        ),
+        {"prompts": PROMPTS, "distilled_guidance": 2.5},
+        call_pipeline(guidance_scale=2.5),
         num_conditions=3,
     ),
     "Flux": Family(

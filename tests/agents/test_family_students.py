@@ -1,6 +1,7 @@
 """Every family of models: PPO trains a student of it, and its folder is an ordinary pipeline."""
 
 import copy
+import json
 import re
 from types import SimpleNamespace
 
@@ -79,7 +80,10 @@ def exported(given):
 
 
 def test_plain_diffusers_loads_the_folder(given, exported):
-    pipeline = DiffusionPipeline.from_pretrained(exported, local_files_only=True)
+    index = json.loads((exported / "model_index.json").read_text())
+    # As for the pipeline that it was made of.
+    absent = dict.fromkeys(name for name in index if index[name] == [None, None])
+    pipeline = DiffusionPipeline.from_pretrained(exported, local_files_only=True, **absent)
     assert type(pipeline) is type(given.family.make())
     kinds = DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
     assert isinstance(pipeline.scheduler, kinds)
