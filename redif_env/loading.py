@@ -43,6 +43,7 @@ class Parts(NamedTuple):
         metadata: `num_classes` and `null_class`, where the folder says them.
         folder: Where the pipeline lies; None for one in memory.
         pipeline: The one in memory, or None.
+        variant: Of the folder's files.
     """
 
     network: Any
@@ -51,20 +52,22 @@ class Parts(NamedTuple):
     metadata: Mapping[str, Any] = {}
     folder: Path | None = None
     pipeline: Any = None
+    variant: str | None = None
 
 
 def noise_schedule(scheduler: SchedulerMixin) -> NoiseSchedule:
     """The noise schedule that a diffusers scheduler steps through.
 
     Args:
-        scheduler: Any scheduler with `alphas_cumprod` (VP), a flow-matching one, or an EDM one.
+        scheduler: Any scheduler with `alphas_cumprod` (VP), a flow-matching one (or another with
+            `use_flow_sigmas`), or an EDM one.
 
     Raises:
         InvalidArgumentError: for a scheduler of another kind.
     """
     config = scheduler.config
     name = type(scheduler).__name__
-    if name.startswith("FlowMatch"):
+    if name.startswith("FlowMatch") or config.get("use_flow_sigmas"):
         return FlowSchedule(config.num_train_timesteps)
     if name.startswith("EDM"):
         return VESchedule(
@@ -222,7 +225,7 @@ def load_teacher(
         latent_size=latent_size,
     )
     codec = None if parts.autoencoder is None else families.make_codec(parts.autoencoder)
-    name = str(parts.folder) if parts.pipeline is not None else str(source)
+    name = str(source) if str(source) in BUNDLED else str(parts.folder)
     teacher = Teacher(
         denoiser,
         solver_maker(parts.scheduler, denoiser),
@@ -262,14 +265,21 @@ def take_apart(
     """The parts of a pipeline. Arguments and errors as for `load_teacher`."""
     if isinstance(source, DiffusionPipeline):
         return _parts_in_memory(source, dtype)
-    folder = find_folder(source, local_files_only)
+    folder = find_folder(source, local_files_only, variant)
     name = next((n for n in NETWORK_NAMES if (folder / n).is_dir()), NETWORK_NAMES[0])
     network = _load_model(folder / name, tuple(families.NETWORKS), dtype, variant)
     autoencoder = None
     for name in AUTOENCODER_NAMES:
         if (folder / name).is_dir():
             autoencoder = _load_model(folder / name, families.AUTOENCODERS, None, variant)
-    return Parts(network, load_scheduler(folder), autoencoder, _read_metadata(folder), folder)
+    return Parts(
+        network,
+        load_scheduler(folder),
+        autoencoder,
+        _read_metadata(folder),
+        folder,
+        variant=variant,
+    )
 
 
 def _parts_in_memory(pipeline: Any, dtype: torch.dtype | None) -> Parts:
@@ -326,8 +336,8 @@ def make_table(
         table = encode_prompts(parts.pipeline, texts, negative_prompt)
     else:
         assert parts.folder is not None
-        dtype = parts.network.dtype
-        table = load_prompts(parts.folder, texts, negative_prompt, dtype, device)
+        dtype, variant = parts.network.dtype, parts.variant
+        table = load_prompts(parts.folder, texts, negative_prompt, dtype, device, variant)
     factor = families.pixel_factor(parts.autoencoder)
     height, width = _size(parts.network, latent_size)
     distilled_guidance = check_number("distilled_guidance", distilled_guidance)
@@ -384,12 +394,15 @@ def build_from_description(description: Mapping[str, Any]) -> Denoiser:
     )
 
 
-def find_folder(source: str | Path, local_files_only: bool = True) -> Path:
+def find_folder(
+    source: str | Path, local_files_only: bool = True, variant: str | None = None
+) -> Path:
     """The folder of a bundled teacher's name, of a path, or of a repository of the hub.
 
     Args:
         source: What to find.
         local_files_only: Whether the hub may not be asked.
+        variant: Of the files to download.
 
     Raises:
         TeacherFolderError: if there is none.
@@ -403,7 +416,8 @@ def find_folder(source: str | Path, local_files_only: bool = True) -> Path:
         remedy += ", or a name of the hub with local_files_only=False."
         raise TeacherFolderError("teacher", str(source), remedy)
     try:
-        return Path(DiffusionPipeline.download(str(source), use_safetensors=True))
+        options = {"use_safetensors": True, "variant": variant}
+        return Path(DiffusionPipeline.download(str(source), **options))
     except Exception as error:  # huggingface_hub raises many kinds
         raise TeacherFolderError("teacher", str(source), f"{remedy} ({error}).") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -66,6 +67,7 @@ def load_prompts(
     negative: str | None,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    variant: str | None = None,
 ) -> Conditions:
     """Encode prompts with the encoders of a diffusers folder, or read what was encoded before.
 
@@ -76,17 +78,18 @@ def load_prompts(
         texts, negative: As for `encode_prompts`.
         dtype: Of the encoders, and of the table; None: float32.
         device: Where to encode.
+        variant: Of the encoders' files.
 
     Raises:
         MissingExtraError: without transformers.
         TeacherFolderError: if the folder holds no encoders, or damaged ones.
         CacheError: if the cache cannot be written.
     """
-    key = _key(folder, [list(texts), negative, str(dtype)])
+    key = _key(folder, [list(texts), negative, str(dtype), variant])
     path = cache_folder() / f"conditions-{key}.safetensors"
-    if path.exists():
+    with contextlib.suppress(InvalidArgumentError):  # missing or damaged
         return Conditions.load(path)
-    pipeline = _load_encoders(folder, dtype).to(device)
+    pipeline = _load_encoders(folder, dtype, variant).to(device)
     conditions = encode_prompts(pipeline, texts, negative).to("cpu")
     with cache_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +103,7 @@ def load_prompts(
     return conditions
 
 
-def _load_encoders(folder: Path, dtype: torch.dtype | None) -> Any:
+def _load_encoders(folder: Path, dtype: torch.dtype | None, variant: str | None) -> Any:
     """The pipeline of a folder with nothing but its tokenizers and text encoders."""
     require("transformers", "text")
     left_out = {
@@ -111,7 +114,12 @@ def _load_encoders(folder: Path, dtype: torch.dtype | None) -> Any:
     options = {} if dtype in (None, torch.float32) else {"torch_dtype": dtype}
     try:
         pipeline = DiffusionPipeline.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, **options, **left_out
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            variant=variant,
+            **options,
+            **left_out,
         )
     except Exception as error:  # diffusers and transformers raise many kinds for a damaged folder
         raise TeacherFolderError(

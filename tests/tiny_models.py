@@ -502,6 +502,16 @@ FAMILIES = {
         {},
         plain_loop,
     ),
+    "flow matching of second order": Family(
+        lambda: DDPMPipeline(
+            pixel_unet(),
+            DPMSolverMultistepScheduler(
+                use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=2.0
+            ),
+        ),
+        {},
+        plain_loop,
+    ),
     "Stable Diffusion 3": Family(
         stable_diffusion_3,
         {"prompts": PROMPTS, "negative_prompt": "ugly", "guidance_scale": 3.0},

@@ -18,7 +18,7 @@ from tiny_models import FAMILIES, PROMPTS
 from agents import ReDiFPPO
 from agents.distillation import find_base
 from agents.export import export_student
-from redif_env import ReDiFVectorEnv, TeacherBank, load_teacher, schedules
+from redif_env import Decoded, ReDiFVectorEnv, TeacherBank, load_teacher, schedules
 from redif_env.errors import InvalidArgumentError
 
 GRID = [800.0, 300.0]
@@ -128,3 +128,24 @@ def test_the_readme_gives_the_students_own_samples(given, exported, monkeypatch)
         wanted = (wanted / 2 + 0.5).clamp(0, 1)
     torch.testing.assert_close(x, wanted, rtol=1e-3, atol=1e-3)
     assert float(x.std()) > 0.01
+
+
+def test_guidance_is_distilled_away_with_a_reward_of_pixels(tmp_path):
+    """Local credit from a map of pixels, and a student at half the price of its teacher."""
+    family = FAMILIES["Stable Diffusion 2"]
+    teacher = load_teacher(family.make(), num_steps=2, **family.options)
+    bank = TeacherBank.build(teacher, 8, cache_dir=tmp_path)
+    reward = Decoded("mse", teacher.codec)
+    env = ReDiFVectorEnv(
+        4, teacher, schedule=GRID, bank=bank, group_size=2, reward=reward, guidance_scale=1.0
+    )
+    model = ReDiFPPO("StudentPolicy", env, learning_rate=1e-3, batch_size=4, seed=0)
+    model.learn(4 * len(GRID))
+    assert (teacher.denoiser.nfe, model.student().nfe) == (2, 1)
+    own, trained = (d.network.parameters() for d in (teacher.denoiser, model.student()))
+    assert not all(torch.equal(one, two) for one, two in zip(own, trained, strict=True))
+    # What the environment pays is the reward of what the codec makes of both.
+    state = env.last_state
+    pixels = teacher.codec.decode(state.x_t), teacher.codec.decode(state.teacher_x_0)
+    wanted = -(pixels[0] - pixels[1]).square().flatten(1).mean(1)
+    torch.testing.assert_close(reward(state.x_t, state.teacher_x_0, None), wanted)

@@ -221,6 +221,34 @@ def test_half_precision(text_folder, own_cache):
     assert float((ours - wanted).std() / wanted.std()) < 0.05
 
 
+def test_a_variant_of_the_files(tmp_path, own_cache):
+    """Half-precision files alone: the network has the dtype that is asked for."""
+    pipeline = FAMILIES["Stable Diffusion 2"].make().to(torch.float16)
+    pipeline.save_pretrained(tmp_path / "pipeline", variant="fp16")
+    options = {"num_steps": 2, "prompts": PROMPTS, "variant": "fp16"}
+    teacher = load_teacher(tmp_path / "pipeline", **options)
+    assert teacher.denoiser.dtype == torch.float32
+    half = load_teacher(tmp_path / "pipeline", dtype=torch.float16, **options)
+    assert half.denoiser.dtype == torch.float16
+    for loaded in (teacher, half):
+        assert next(loaded.codec.parameters()).dtype == torch.float32
+    weights = teacher.denoiser.network.state_dict()
+    for name, weight in pipeline.unet.state_dict().items():
+        assert torch.equal(weights[name], weight.float())
+    with pytest.raises(TeacherFolderError, match="could not be read"):
+        load_teacher(tmp_path / "pipeline", prompts=PROMPTS)
+
+
+def test_a_damaged_table_is_made_again(text_folder, own_cache):
+    first = load_denoiser(text_folder, prompts=PROMPTS)
+    (path,) = own_cache.glob("conditions-*.safetensors")
+    path.write_bytes(path.read_bytes()[:-10])
+    again = load_denoiser(text_folder, prompts=PROMPTS)
+    name = "encoder_hidden_states"
+    assert torch.equal(again.conditions.tensors()[name], first.conditions.tensors()[name])
+    assert len(Conditions.load(path)) == 3
+
+
 def test_latents_of_another_size(text_folder):
     wide = load_teacher(text_folder, num_steps=2, prompts=PROMPTS, latent_size=(8, 12))
     assert wide.denoiser.latent_shape == (4, 8, 12)
@@ -262,6 +290,7 @@ def test_a_name_of_the_hub_is_only_asked_for_on_request(text_folder, monkeypatch
         load_teacher("someone/model", prompts=PROMPTS)
     assert asked == []
     teacher = load_teacher("someone/model", prompts=PROMPTS, local_files_only=False)
+    assert teacher.source == str(text_folder)  # where the rest of the student's pipeline is
     assert (asked, teacher.denoiser.num_classes) == (["someone/model"], 3)
 
     def fail(name, **options):
