@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from redif_env import mdp, rewards
 from redif_env.errors import check_integer
-from redif_env.rendering import to_rgb
+from redif_env.rendering import pixels, to_rgb
 from redif_env.teacher import TeacherBank
 
 
@@ -123,8 +123,10 @@ class HeldOutEvaluation(IterationCallback):
         self.logger.dump(self.num_timesteps)
 
     def _log_images(self, x_0: Tensor) -> None:
+        codec = self.training_env.get_attr("teacher", [0])[0].codec
         rows = (self.bank.teacher_x_0[: self.num_images], x_0[: self.num_images])
-        picture = torch.cat([torch.cat(list(row), dim=-1) for row in rows], dim=-2)
+        images = [torch.cat(list(pixels(row, codec)), dim=-1) for row in rows]
+        picture = torch.cat(images, dim=-2)
         image = Image(to_rgb(picture[None])[0], "HWC")
         self.logger.record("eval/samples", image, exclude=("stdout", "log", "json", "csv"))
 

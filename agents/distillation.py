@@ -21,7 +21,7 @@ from torch import Tensor
 from redif_env import schedules
 from redif_env.denoiser import Denoiser
 from redif_env.errors import InvalidArgumentError, check_integer, check_number
-from redif_env.loading import BUNDLED, load_teacher
+from redif_env.loading import BUNDLED, INDEX, load_teacher
 from redif_env.rewards import Reward, make_reward
 from redif_env.teacher import Teacher, TeacherBank
 from redif_env.vector_env import FREE, ReDiFVectorEnv
@@ -78,6 +78,7 @@ def distill(
     iterations: int = 150,
     num_envs: int = 512,
     preset: str = "default",
+    guidance_scale: float | None = None,
     group_size: int | None = None,
     batch_size: int | None = None,
     learning_rate: float | None = None,
@@ -109,7 +110,9 @@ def distill(
         reward: A `Reward` or the name of one. One with a map gets local credit.
         iterations: Rollouts of `num_envs` trajectories, each followed by an update.
         num_envs: Trajectories of a rollout.
-        preset: Recipe, see `presets.PRESETS`; what follows, to `ema_decay`, defaults to its values.
+        preset: Recipe, see `presets.PRESETS`; `group_size` to `ema_decay` default to its values.
+        guidance_scale: Of the student; default: the teacher's. 1 distils guidance away, and halves
+            the cost of a step.
         group_size: Trajectories that share noise and class; their mean is the baseline.
         batch_size: Transitions of a minibatch.
         learning_rate: Initial learning rate; with adapters, ten times the preset's by default.
@@ -150,7 +153,7 @@ def distill(
     given = None if searches else schedules.make_grid(schedule, noise, num_steps)
     if lora_rank is not None and learning_rate is None:
         learning_rate = LEARNING_RATE_SCALE * recipe["agent"]["learning_rate"]
-    env_options = _given(recipe["env"], group_size=group_size)
+    env_options = _given(recipe["env"], group_size=group_size, guidance_scale=guidance_scale)
     env_options.update(reward=reward, bank_size=bank_size, seed=seed)
     agent_options = _given(
         recipe["agent"],
@@ -228,6 +231,14 @@ def find_judge(teacher: Teacher) -> Judge | None:
         return None
     folder = BUNDLED.get(teacher.source, Path(teacher.source)) / JUDGE_FOLDER
     return Judge.load(folder).to(teacher.device) if folder.is_dir() else None
+
+
+def find_base(teacher: Teacher) -> Path | None:
+    """The folder of a teacher's pipeline, where it has parts that a student needs too."""
+    if teacher.source is None or (teacher.codec is None and teacher.denoiser.conditions is None):
+        return None
+    folder = Path(teacher.source)
+    return folder if (folder / INDEX).is_file() else None
 
 
 def versions() -> dict[str, str]:
@@ -358,14 +369,16 @@ def _finish_folder(
     bank: TeacherBank,
     samples: dict[str, Tensor],
 ) -> None:
-    export_student(student, timesteps, teacher.make_solver().config, folder / "student")
+    export_student(
+        student, timesteps, teacher.make_solver().config, folder / "student", find_base(teacher)
+    )
     steps = report["num_steps"]
     rows = {
         f"teacher, {teacher.num_steps} steps": bank.teacher_x_0,
         f"DDIM, {steps} steps": samples["ddim"],
         f"student, {steps} steps": samples["student"],
     }
-    save_samples(folder / "samples.png", rows, bank.condition)
+    save_samples(folder / "samples.png", rows, bank.condition, teacher.codec)
     write_json(folder / "summary.json", report)
 
 

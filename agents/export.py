@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from redif_env.denoiser import Denoiser
 from redif_env.errors import InvalidArgumentError
-from redif_env.loading import METADATA, find_folder, load_denoiser, load_scheduler
-from redif_env.noise import VPSchedule
+from redif_env.loading import (
+    AUTOENCODER_NAMES,
+    INDEX,
+    METADATA,
+    find_folder,
+    load_denoiser,
+    load_scheduler,
+    network_name,
+)
+from redif_env.noise import FlowSchedule, VPSchedule
 from redif_env.schedules import explicit, min_gap
 
 from . import portable
@@ -26,25 +37,53 @@ from .portable.pipeline import AdaptivePipeline
 
 SNIPPET = """\
 import json, torch
-from diffusers import DPMSolverMultistepScheduler, UNet2DModel
+from diffusers import {scheduler}, {classes}
 info = json.load(open("redif.json"))
-unet = UNet2DModel.from_pretrained("unet")
-scheduler = DPMSolverMultistepScheduler.from_pretrained("scheduler")
-scheduler.set_timesteps(timesteps=info["timesteps"])
+{name} = {network}.from_pretrained("{name}")
+scheduler = {scheduler}.from_pretrained("scheduler")
+scheduler.set_timesteps({times}=info["{times}"])
 x = torch.randn(10, {shape}, generator=torch.Generator().manual_seed(0))
 {labels}
 for t in scheduler.timesteps:
     with torch.no_grad(): x = scheduler.step({prediction}, t, x).prev_sample
+"""
+DECODE = """\
+{name} = {autoencoder}.from_pretrained("{name}")
+with torch.no_grad(): x = {name}.decode(x / {name}.config.scaling_factor).sample
 """
 
 LABELS = "labels = torch.arange(10) % info['num_classes']"
 LABELS_GUIDED = (
     LABELS + "; w = info['guidance_scale']; null = torch.full((10,), info['null_class'])"
 )
-PLAIN = "unet(x, t{labels}).sample"
-GUIDED = (
-    "(1 - w) * unet(x, t, class_labels=null).sample + w * unet(x, t, class_labels=labels).sample"
-)
+GUIDED = "(1 - w) * {uncond} + w * {cond}"
+
+PIPELINE_SNIPPET = """\
+import json
+from diffusers import DiffusionPipeline
+info = json.load(open("redif.json"))
+pipe = DiffusionPipeline.from_pretrained(".", local_files_only=True{absent})
+x = pipe("{prompt}", {options}, output_type="pt").images
+"""
+# A pipeline's arguments, and what they are called in redif.json.
+PIPELINE_OPTIONS = {
+    name: name for name in ("guidance_scale", "guidance_rescale", "negative_prompt")
+}
+# Distilled guidance goes by the name that others have for guidance, which Flux has too.
+DISTILLED_OPTIONS = {
+    "guidance_scale": "distilled_guidance",
+    "true_cfg_scale": "guidance_scale",
+    "negative_prompt": "negative_prompt",
+}
+# The student's times count, not sigmas of the teacher's sampler.
+NO_SIGMAS = {
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+}
+TABLE_SNIPPET = """\
+# The network is called with embeddings, as by redif_env.load_teacher(..., conditions=...).
+"""
 
 CARD = """\
 ---
@@ -59,7 +98,7 @@ alone:
 ```python
 {snippet}```
 
-`x` then holds ten samples in [-1, 1]. The times in `redif.json` belong to the student: other times
+`x` then holds samples, in {range}. The times in `redif.json` belong to the student: other times
 or another number of steps give worse samples.
 """
 
@@ -92,70 +131,79 @@ first):
 
 def export_student(
     student: Denoiser,
-    timesteps: Sequence[float] | Tensor | ScheduleHead,
+    timesteps: Tensor,
     scheduler_config: Any,
     folder: str | Path,
+    base: str | Path | None = None,
 ) -> Path:
-    """Write a student as a diffusers folder: `unet/`, `scheduler/`, `redif.json`, `README.md`.
+    """Write a student as a diffusers folder: the network, `scheduler/`, `redif.json`, `README.md`.
 
     The scheduler is diffusers' DPMSolverMultistep of order 1, which equals DDIM at eta = 0 and,
-    unlike diffusers' DDIMScheduler, steps through any list of timesteps. A student with an adaptive
-    schedule comes with code of its own, a pipeline and a `schedule_head/`, and is loaded with
-    `trust_remote_code=True`, or without by `load_adaptive`.
+    unlike diffusers' DDIMScheduler, steps through any list of timesteps; for flow matching it is
+    FlowMatchEulerDiscrete.
 
     Args:
         student: The denoiser; its network must be a diffusers model. Adapters are merged.
-        timesteps: Its grid, with or without the final 0, or its schedule head.
+        timesteps: Its grid, with or without the final 0.
         scheduler_config: Config of the scheduler that the teacher was trained with.
         folder: Where to write; must not exist. Appears complete or not at all.
+        base: Folder of the teacher's pipeline, whose other parts (autoencoder, tokenizers, text
+            encoders) are copied, so that the student is a whole pipeline.
 
     Raises:
-        InvalidArgumentError: if the folder exists, the network is not a diffusers model, or an
-            adaptive schedule is of another kind than VP.
+        InvalidArgumentError: if the folder exists, the network is not a diffusers model, or `base`
+            is no pipeline's folder.
     """
-    folder = Path(folder)
-    if folder.exists():
-        raise InvalidArgumentError("folder", str(folder), "it exists; choose another name.")
-    student = merge(student)
-    network: Any = student.network
-    if not hasattr(network, "save_pretrained"):
+    student = _exportable(student)
+    if base is not None and not (Path(base) / INDEX).is_file():
+        raise InvalidArgumentError("base", str(base), f"pass a folder with a {INDEX}.")
+    grid = explicit(timesteps, student.schedule)
+    with _appearing(Path(folder)) as temporary:
+        _write_folder(temporary, student, grid, scheduler_config, base)
+    return Path(folder)
+
+
+def export_adaptive(
+    student: Denoiser, head: ScheduleHead, scheduler_config: Any, folder: str | Path
+) -> Path:
+    """Write a student that chooses its own times as a diffusers folder with code of its own.
+
+    The folder has a `pipeline.py` and a `schedule_head/` beside `unet/` and `scheduler/`.
+    `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` loads it where this project
+    is not installed, `load_adaptive` with this project's copy of the code. A schedule that all
+    samples share needs none of this: `export_student(student, head.grid(), ...)`.
+
+    Args:
+        student: The denoiser; its network must be a `UNet2DModel`. Adapters are merged.
+        head: Its adaptive schedule head.
+        scheduler_config, folder: As for `export_student`.
+
+    Raises:
+        InvalidArgumentError: if the folder exists, or the student is of another kind.
+    """
+    student = _exportable(student)
+    kind = type(student.network).__name__
+    if not isinstance(student.schedule, VPSchedule) or kind != "UNet2DModel":
         raise InvalidArgumentError(
-            "student", type(network).__name__, "only diffusers models can be exported."
+            "student", kind, "only a UNet2DModel with alphas_cumprod can have an adaptive schedule."
         )
-    adaptive: ScheduleHead | None = None
-    if isinstance(timesteps, ScheduleHead):
-        adaptive = timesteps if timesteps.features is not None else None
-        timesteps = timesteps.grid() if adaptive is None else []
-    if adaptive is not None and not isinstance(student.schedule, VPSchedule):
+    if head.features is None:
         raise InvalidArgumentError(
-            "timesteps",
-            type(student.schedule).__name__,
-            "only students with alphas_cumprod can be exported with an adaptive schedule.",
+            "head", "a schedule of all samples", "use export_student with head.grid()."
         )
-    grid = None if adaptive is not None else explicit(timesteps, student.schedule)
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        network.save_pretrained(temporary / "unet")
-        make_scheduler(scheduler_config, student).save_pretrained(temporary / "scheduler")
-        if adaptive is not None:
-            _write_adaptive(temporary, student, adaptive)
-        elif grid is not None:
-            _write_fixed(temporary, student, grid)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+    with _appearing(Path(folder)) as temporary:
+        _write_adaptive(temporary, student, head, scheduler_config)
+    return Path(folder)
 
 
 def load_adaptive(folder: str | Path) -> AdaptivePipeline:
-    """Load a student with an adaptive schedule that `export_student` wrote, with our own code.
+    """Load what `export_adaptive` wrote, with this project's copy of its code.
 
     Raises:
         TeacherFolderError: if the folder is missing, incomplete or corrupt.
     """
     folder = find_folder(folder)
-    index = json.loads((folder / "model_index.json").read_text())
+    index = json.loads((folder / INDEX).read_text())
     return AdaptivePipeline(
         unet=load_denoiser(folder).network,
         scheduler=load_scheduler(folder),
@@ -165,38 +213,48 @@ def load_adaptive(folder: str | Path) -> AdaptivePipeline:
     )
 
 
-def _write_fixed(temporary: Path, student: Denoiser, grid: Tensor) -> None:
-    _write_json(temporary / METADATA, describe_student(student, grid))
-    _write_json(
-        temporary / "model_index.json",
-        {
-            # The stock pipeline that keeps this scheduler; DDIMPipeline would replace it.
-            "_class_name": "DDPMPipeline",
-            "unet": ["diffusers", type(student.network).__name__],
-            "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
-        },
-    )
-    num_steps = len(grid) - 1
-    card = CARD.format(num_steps=num_steps, nfe=num_steps * student.nfe, snippet=snippet(student))
-    (temporary / "README.md").write_text(card)
+def _exportable(student: Denoiser) -> Denoiser:
+    student = merge(student)
+    if not hasattr(student.network, "save_pretrained"):
+        raise InvalidArgumentError(
+            "student", type(student.network).__name__, "only diffusers models can be exported."
+        )
+    return student
 
 
-def _write_adaptive(temporary: Path, student: Denoiser, head: ScheduleHead) -> None:
+@contextlib.contextmanager
+def _appearing(folder: Path) -> Iterator[Path]:
+    """A temporary folder that gets its name once it is complete."""
+    if folder.exists():
+        raise InvalidArgumentError("folder", str(folder), "it exists; choose another name.")
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        yield temporary
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_adaptive(
+    temporary: Path, student: Denoiser, head: ScheduleHead, scheduler_config: Any
+) -> None:
+    network: Any = student.network
+    network.save_pretrained(temporary / "unet")
+    make_scheduler(scheduler_config, student).save_pretrained(temporary / "scheduler")
     portable_head(head, student).save_pretrained(temporary / "schedule_head")
     code = Path(portable.__file__).parent
     shutil.copy(code / "head.py", temporary / "schedule_head")
     shutil.copy(code / "pipeline.py", temporary)
-    _write_json(
-        temporary / "model_index.json",
-        {
-            "_class_name": ["pipeline", "AdaptivePipeline"],
-            "unet": ["diffusers", type(student.network).__name__],
-            "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
-            "schedule_head": ["head", "ScheduleHead"],
-            "guidance_scale": student.guidance_scale,
-            "null_class": student.null_class,
-        },
-    )
+    index = {
+        "_class_name": ["pipeline", "AdaptivePipeline"],
+        "unet": ["diffusers", type(network).__name__],
+        "scheduler": ["diffusers", _scheduler_name(student)],
+        "schedule_head": ["head", "ScheduleHead"],
+        "guidance_scale": student.guidance_scale,
+        "null_class": student.null_class,
+    }
+    _write_json(temporary / INDEX, index)
     conditional = student.num_classes is not None
     labels = f"class_labels=torch.arange(10) % {student.num_classes}, " if conditional else ""
     card = ADAPTIVE_CARD.format(
@@ -205,6 +263,46 @@ def _write_adaptive(temporary: Path, student: Denoiser, head: ScheduleHead) -> N
         snippet=ADAPTIVE_SNIPPET.format(labels=labels),
     )
     (temporary / "README.md").write_text(card)
+
+
+def _write_folder(
+    temporary: Path,
+    student: Denoiser,
+    grid: Tensor,
+    scheduler_config: Any,
+    base: str | Path | None,
+) -> None:
+    network: Any = student.network
+    name = network_name(network)
+    network.save_pretrained(temporary / name)
+    make_scheduler(scheduler_config, student).save_pretrained(temporary / "scheduler")
+    _write_json(temporary / METADATA, describe_student(student, grid))
+    index: dict[str, Any] = {}
+    if base is not None:
+        index = json.loads((Path(base) / INDEX).read_text())
+        _copy_parts(Path(base), index, temporary)
+    elif type(network).__name__ == "UNet2DModel":
+        # The stock pipeline that keeps this scheduler; DDIMPipeline would replace it.
+        index = {"_class_name": "DDPMPipeline"}
+    if index:
+        index[name] = ["diffusers", type(network).__name__]
+        index["scheduler"] = ["diffusers", _scheduler_name(student)]
+        _write_json(temporary / INDEX, index)
+    num_steps = len(grid) - 1
+    card = CARD.format(
+        num_steps=num_steps,
+        nfe=num_steps * student.nfe,
+        snippet=snippet(student, index),
+        range="[0, 1]" if _is_text_pipeline(student, index) else "[-1, 1]",
+    )
+    (temporary / "README.md").write_text(card)
+
+
+def _copy_parts(base: Path, index: Mapping[str, Any], folder: Path) -> None:
+    """Copy the folders of a pipeline's parts, but for those that are the student's own."""
+    for name in index:
+        if (base / name).is_dir() and not (folder / name).exists():
+            shutil.copytree(base / name, folder / name)
 
 
 def portable_head(head: ScheduleHead, student: Denoiser) -> PortableHead:
@@ -228,38 +326,117 @@ def portable_head(head: ScheduleHead, student: Denoiser) -> PortableHead:
     return made
 
 
-def make_scheduler(scheduler_config: Any, student: Denoiser) -> DPMSolverMultistepScheduler:
+def make_scheduler(
+    scheduler_config: Any, student: Denoiser
+) -> DPMSolverMultistepScheduler | FlowMatchEulerDiscreteScheduler:
     """The stock scheduler that samples the student."""
+    if _is_flow(student):
+        # Its Euler step is the kernel; and the student's times are not to be shifted again.
+        plain = {"shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None}
+        return FlowMatchEulerDiscreteScheduler.from_config(scheduler_config, **plain, **NO_SIGMAS)
     return DPMSolverMultistepScheduler.from_config(
         scheduler_config,
         algorithm_type="dpmsolver++",
         solver_order=1,
         final_sigmas_type="zero",
         prediction_type=student.prediction_type,
+        variance_type=None,  # what networks predict of it is left out
+        **NO_SIGMAS,
     )
 
 
 def describe_student(student: Denoiser, grid: Tensor) -> dict[str, Any]:
     """What a sampler must know beside the weights."""
+    times = [float(t) for t in grid[:-1]]
+    known: dict[str, Any] = {"num_steps": len(times)}
+    if _is_flow(student):
+        known["sigmas"] = [t / student.schedule.num_train_timesteps for t in times]
+    else:
+        known["timesteps"] = [int(t) for t in times]
+    known["guidance_scale"] = student.guidance_scale
+    if student.conditions is None:
+        return {**known, "num_classes": student.num_classes, "null_class": student.null_class}
+    distilled = student.conditions.tensors().get("guidance")
+    if distilled is not None:
+        known["distilled_guidance"] = float(distilled[0])
     return {
-        "num_steps": len(grid) - 1,
-        "timesteps": [int(t) for t in grid[:-1]],
-        "guidance_scale": student.guidance_scale,
-        "num_classes": student.num_classes,
-        "null_class": student.null_class,
+        **known,
+        "guidance_rescale": student.guidance_rescale,
+        "negative_prompt": student.conditions.null_text,
     }
 
 
-def snippet(student: Denoiser) -> str:
-    """The ten lines that sample the student with diffusers alone."""
-    shape = ", ".join(map(str, student.latent_shape))
-    if student.nfe == 2:
-        return SNIPPET.format(shape=shape, labels=LABELS_GUIDED, prediction=GUIDED)
-    conditional = student.num_classes is not None
-    prediction = PLAIN.format(labels=", class_labels=labels" if conditional else "")
-    return SNIPPET.format(
-        shape=shape, labels=LABELS if conditional else "labels = None", prediction=prediction
+def snippet(student: Denoiser, index: Mapping[str, Any]) -> str:
+    """The ten lines that sample the student with diffusers alone.
+
+    Args:
+        student: The student.
+        index: What its folder's `model_index.json` holds.
+    """
+    if _is_text_pipeline(student, index):
+        return _pipeline_snippet(student, index)
+    if student.conditions is not None:
+        return TABLE_SNIPPET
+    network: Any = student.network
+    name, kind, channels = network_name(network), type(network).__name__, student.latent_shape[0]
+    decoder = next((part for part in AUTOENCODER_NAMES if part in index), None)
+    call = f"{name}(x, t{{}}).sample" if name == "unet" else f"{name}(x, t.expand(10){{}}).sample"
+    if network.config.out_channels != channels:
+        call += f"[:, :{channels}]"  # without the variances
+    cond = call.format(", class_labels=labels" if student.num_classes is not None else "")
+    uncond = call.format(", class_labels=null")
+    guided = student.nfe == 2
+    labels = LABELS_GUIDED if guided else LABELS
+    lines = SNIPPET.format(
+        scheduler=_scheduler_name(student),
+        times=_times_name(student),
+        classes=kind if decoder is None else f"{kind}, {index[decoder][1]}",
+        name=name,
+        network=kind,
+        shape=", ".join(map(str, student.latent_shape)),
+        labels=labels if student.num_classes is not None else "labels = None",
+        prediction=GUIDED.format(uncond=uncond, cond=cond) if guided else cond,
     )
+    if decoder is None:
+        return lines
+    return lines + DECODE.format(name=decoder, autoencoder=index[decoder][1])
+
+
+def _is_text_pipeline(student: Denoiser, index: Mapping[str, Any]) -> bool:
+    return student.conditions is not None and "tokenizer" in index
+
+
+def _pipeline_snippet(student: Denoiser, index: Mapping[str, Any]) -> str:
+    """Lines that let the student's whole pipeline sample a prompt."""
+    assert student.conditions is not None
+    call = getattr(diffusers, index["_class_name"]).__call__
+    taken, known = inspect.signature(call).parameters, describe_student(student, torch.ones(2))
+    options = DISTILLED_OPTIONS if "distilled_guidance" in known else PIPELINE_OPTIONS
+    given = {_times_name(student): _times_name(student), **options}
+    used = [name for name, key in given.items() if name in taken and known.get(key) is not None]
+    prompt = json.dumps((student.conditions.texts or ["a prompt"])[0])[1:-1]
+    text = ", ".join(f'{name}=info["{given[name]}"]' for name in used)
+    # diffusers wants to be told of encoders that are left out on purpose.
+    absent = "".join(f", {name}=None" for name in index if _is_absent_text(name, index[name]))
+    return PIPELINE_SNIPPET.format(prompt=prompt, options=text, absent=absent)
+
+
+def _is_absent_text(name: str, value: Any) -> bool:
+    return name.startswith(("text_encoder", "tokenizer")) and value == [None, None]
+
+
+def _is_flow(student: Denoiser) -> bool:
+    return isinstance(student.schedule, FlowSchedule)
+
+
+def _times_name(student: Denoiser) -> str:
+    """What pipelines, schedulers and `redif.json` call the times."""
+    return "sigmas" if _is_flow(student) else "timesteps"
+
+
+def _scheduler_name(student: Denoiser) -> str:
+    kind = FlowMatchEulerDiscreteScheduler if _is_flow(student) else DPMSolverMultistepScheduler
+    return kind.__name__
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -9,20 +9,27 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from redif_env.rendering import to_rgb
+from redif_env.codec import Codec
+from redif_env.rendering import pixels, to_rgb
 
 NUM_COLUMNS = 10
 
 
-def save_samples(path: str | Path, rows: Mapping[str, Tensor], condition: Tensor | None) -> None:
+def save_samples(
+    path: str | Path,
+    rows: Mapping[str, Tensor],
+    condition: Tensor | None,
+    codec: Codec | None = None,
+) -> None:
     """Draw samples of the same noise below each other, one labelled row a method.
 
     Args:
         path: PNG file to write.
         rows: Images `(N, C, H, W)` in [-1, 1] by label; the same N tasks in each. Nothing is
             written for latents that are not images.
-        condition: Classes, int64 `(N,)`; the first task of each class is shown. None shows the
+        condition: Classes or prompts, int64 `(N,)`; the first task of each is shown. None shows the
             first ten tasks.
+        codec: What decodes the images, where they are latents.
     """
     first = next(iter(rows.values()))
     if first.ndim != 4:
@@ -31,7 +38,7 @@ def save_samples(path: str | Path, rows: Mapping[str, Tensor], condition: Tensor
     figure = Figure(figsize=(1.0 * len(columns) + 1.6, 1.05 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
     for row, (label, images) in zip(axes, rows.items(), strict=True):
-        for axis, image in zip(row, to_rgb(images[columns]), strict=True):
+        for axis, image in zip(row, to_rgb(pixels(images[columns], codec)), strict=True):
             axis.imshow(image, interpolation="nearest")
             axis.set_xticks([])
             axis.set_yticks([])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 
 from redif_env.denoiser import Denoiser
 from redif_env.errors import InvalidArgumentError, check_choice, check_number
-from redif_env.loading import build_from_description, load_denoiser
+from redif_env.loading import build_from_description, can_describe, describe, load_denoiser
 from redif_env.schedules import explicit
+from redif_env.teacher import Teacher
 from redif_env.transition import EXPLORATION_MEANS, Gaussian
 
 from .averaging import update_average
@@ -27,7 +29,7 @@ from .distributions import JointDistribution, KernelDistribution, StepScale, joi
 from .lora import copy_trained, load_base, make_trainable
 from .sampling import sample
 
-StudentSource = str | Path | Mapping[str, Any] | Callable[[], Denoiser]
+StudentSource = str | Path | Mapping[str, Any] | Denoiser | Callable[[], Denoiser]
 
 
 class Exploration(NamedTuple):
@@ -66,8 +68,9 @@ class StudentPolicy(ActorCriticPolicy):
             the choice of the next time with a free schedule.
         lr_schedule: Learning rate as a function of the remaining progress.
         student: Where the actor comes from: a diffusers folder or bundled name, a description from
-            `loading.describe` (random weights), or a function without arguments that returns a
-            `Denoiser`. Plain data or an importable function, so that a saved model holds no module.
+            `loading.describe` (random weights), a function without arguments that returns a
+            `Denoiser`, or a `Denoiser`, which is copied. With the last a saved model holds the
+            module whole; plain data or an importable function are smaller.
         timesteps: The grid, with or without the final 0; of a free schedule, where its learning
             starts, and its length is the most steps of an episode.
         schedule_head: Options of `choices.make_head` for a free schedule; None without one.
@@ -364,16 +367,33 @@ def make_student(source: StudentSource) -> Denoiser:
         return load_denoiser(source)
     if isinstance(source, Mapping):
         return build_from_description(source)
+    if isinstance(source, Denoiser):
+        return copy.deepcopy(source)
     made = source() if callable(source) and not isinstance(source, nn.Module) else None
     if not isinstance(made, Denoiser):
         raise InvalidArgumentError(
-            "student", source, "pass a folder, a description, or a function returning a Denoiser."
+            "student",
+            source,
+            "pass a folder, a description, a Denoiser, or a function returning one.",
         )
     return made
 
 
 def _condition(obs: Mapping[str, Tensor]) -> Tensor | None:
     return obs["condition"].long().flatten() if "condition" in obs else None
+
+
+def copy_of_teacher(teacher: Teacher, guidance_scale: float) -> StudentSource:
+    """The student that has a teacher's network, as a source that can be saved."""
+    solver = teacher.make_solver()
+    if can_describe(teacher.denoiser, solver):
+        description = describe(teacher.denoiser, solver)
+        return {**description, "guidance_scale": guidance_scale}
+    student = copy.deepcopy(teacher.denoiser)
+    student.network.to("cpu")  # not the table of conditions, which copies share
+    student.schedule.to("cpu")
+    student.set_guidance(guidance_scale, teacher.denoiser.guidance_rescale)
+    return student
 
 
 def _group(name: str, parameters: Iterable[Tensor], lr_scale: float) -> dict[str, Any]:
@@ -398,6 +418,13 @@ def _check_spaces(
             "student",
             f"latents of {denoiser.latent_shape}",
             f"pass a student for the environment's {keys['latents'].shape}.",
+        )
+    told = keys.get("condition")
+    if denoiser.conditions is not None and getattr(told, "n", None) != len(denoiser.conditions):
+        raise InvalidArgumentError(
+            "student",
+            f"a table of {len(denoiser.conditions)} conditions",
+            f"pass a student with the environment's conditions, {told}.",
         )
     if action_space.shape != (int(torch.Size(denoiser.latent_shape).numel()) + free,):
         raise InvalidArgumentError(

@@ -25,7 +25,6 @@ from redif_env.errors import (
     check_integer,
     check_number,
 )
-from redif_env.loading import describe
 from redif_env.noise import expand
 from redif_env.transition import Gaussian
 from redif_env.vector_env import ReDiFVectorEnv
@@ -36,7 +35,7 @@ from .buffers import RolloutBatch, TorchRolloutBuffer
 from .choices import ScheduleHead
 from .divergences import DIVERGENCES, AdaptiveCoefficient, divergence_map
 from .lora import merge
-from .policies import StudentPolicy
+from .policies import StudentPolicy, copy_of_teacher
 from .sampling import sample
 from .schedule_learning import ChoiceRollout
 from .statistics import EpisodeStatistics, HostView
@@ -400,7 +399,7 @@ class ReDiFPPO(PPO):
             defaults["timesteps"] = grid.tolist()
             self._copies_teacher = "student" not in self.policy_kwargs
             if self._copies_teacher:
-                defaults["student"] = describe(base.teacher.denoiser, base.teacher.make_solver())
+                defaults["student"] = copy_of_teacher(base.teacher, base.guidance_scale)
             compatibility.check_episodes(self, base.group_size, base.max_steps, base.process.reward)
             self.rollout_buffer_kwargs.update(
                 group_size=base.group_size, episode_length=base.max_steps, num_tasks=base.num_tasks
@@ -512,7 +511,7 @@ class ReDiFPPO(PPO):
             choice = torch.where(choosing, first.sample(), first.mode())
             self._choices.add(before, choice, first, running, episode)
             options = {"tasks": tasks, "start": head.next_time(choice, before)}
-        self._last_obs, _ = env.env.reset(options=options)  # type: ignore[assignment]
+        self._last_obs, _ = env.env.reset(options=options)
         self._last_episode_starts = running  # type: ignore[assignment]
         return running
 

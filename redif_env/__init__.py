@@ -14,13 +14,18 @@ import gymnasium
 __version__ = "0.1.0"
 
 _NAMES = {
+    "Codec": "codec",
+    "Conditions": "conditions",
+    "Decoded": "rewards",
     "Denoiser": "denoiser",
+    "EDMNetwork": "adapters",
     "FlatVectorObservation": "wrappers",
     "MSE": "rewards",
     "PSNR": "rewards",
     "SSIM": "rewards",
     "CompressedSize": "rewards",
     "Cosine": "rewards",
+    "KernelSolver": "solvers",
     "Label": "rewards",
     "NoiseSchedule": "noise",
     "ReDiFEnv": "env",
@@ -31,6 +36,8 @@ _NAMES = {
     "RelativeReward": "wrappers",
     "MapReward": "rewards",
     "Reward": "rewards",
+    "ScoreNetwork": "adapters",
+    "SigmaNetwork": "adapters",
     "Teacher": "teacher",
     "TeacherBank": "teacher",
     "baseline_returns": "wrappers",

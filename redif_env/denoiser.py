@@ -2,31 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from .conditions import Conditions
 from .errors import InvalidArgumentError, check_choice, check_integer, check_number
 from .noise import PREDICTION_TYPES, NoiseSchedule, expand, to_x0
+
+# What a network is told of the condition: nothing, classes (N,), or rows of a table by name.
+Told: TypeAlias = Tensor | dict[str, Tensor] | None
+Call: TypeAlias = Callable[[Any, Tensor, Tensor, Told], Tensor]
+
+
+def call_network(network: nn.Module, x_t: Tensor, t: Tensor, told: Told) -> Tensor:
+    """`network(x_t, t)`, with classes as a third argument, and a table's rows by name."""
+    if isinstance(told, dict):
+        output = network(x_t, t, **told)
+    else:
+        output = network(x_t, t) if told is None else network(x_t, t, told)
+    return output if isinstance(output, Tensor) else output.sample
 
 
 class Denoiser(nn.Module):
     """Any network with a noise schedule and a prediction type.
 
     Args:
-        network: Called as `network(x_t, t)` or `network(x_t, t, condition)` with `x_t` float
-            `(N, ...)`, `t` float `(N,)` on the training-timestep axis and `condition` `(N,)` or
-            `(N, ...)`; returns a tensor like `x_t`, or an object with that tensor as `.sample`.
+        network: Called as `network(x_t, t)` with `x_t` float `(N, ...)` and `t` float `(N,)` on the
+            training-timestep axis; with classes as `network(x_t, t, classes)`, int64 `(N,)`; with a
+            table as `network(x_t, t, **rows)`. Returns a tensor like `x_t`, or an object with that
+            tensor as `.sample`. It may be of another dtype than the latents: these are cast.
         schedule: The noise schedule that the network was trained on.
         prediction_type: One of diffusers' strings, see `noise.PREDICTION_TYPES`.
-        latent_shape: Shape of one row of `x_t`, such as `(C, H, W)`.
+        latent_shape: Shape of one row of `x_t`, such as `(C, H, W)`, `(C, L)` or `(D,)`.
         num_classes: Number of classes to choose from; None when there is no condition.
         null_class: The class that stands for "no condition"; needed for guidance.
+        conditions: A table of conditions in the place of classes.
         guidance_scale: w of classifier-free guidance (Ho and Salimans 2022, in diffusers' form),
             `uncond + w (cond - uncond)`; 1 is plain conditional prediction at half the cost.
+        guidance_rescale: Share of the guided prediction that is rescaled to the std of the
+            conditional one, in [0, 1] (Lin et al. 2023, section 3.4); 0 is none.
+        call: For networks that are called otherwise: `call(network, x_t, t, told)` returns the
+            prediction. An importable function, so that what holds a denoiser can be saved.
 
     Attributes:
+        num_classes: Number of conditions: of classes, or of the table's rows.
+        null_class: The class, or the table's row, that stands for "no condition".
         network_evaluations: Rows sent through the network since construction, guidance included.
 
     Raises:
@@ -44,7 +68,10 @@ class Denoiser(nn.Module):
         *,
         num_classes: int | None = None,
         null_class: int | None = None,
+        conditions: Conditions | None = None,
         guidance_scale: float = 1.0,
+        guidance_rescale: float = 0.0,
+        call: Call = call_network,
     ) -> None:
         super().__init__()
         self.network = network
@@ -57,16 +84,18 @@ class Denoiser(nn.Module):
         self.latent_shape = tuple(check_integer("latent_shape", n, 1) for n in latent_shape)
         if num_classes is not None:
             num_classes = check_integer("num_classes", num_classes, 1)
+        self.conditions = conditions
+        if conditions is not None:
+            if num_classes is not None or null_class is not None:
+                raise InvalidArgumentError(
+                    "conditions", "with classes", "pass a table or num_classes, not both."
+                )
+            num_classes, null_class = len(conditions), conditions.null_row
         self.num_classes = num_classes
         self.null_class = null_class
-        self.guidance_scale = check_number("guidance_scale", guidance_scale)
+        self.call = call
         self.network_evaluations = 0
-        if self.guidance_scale != 1 and (num_classes is None or null_class is None):
-            raise InvalidArgumentError(
-                "guidance_scale",
-                guidance_scale,
-                "pass 1, or a conditional network together with its null_class.",
-            )
+        self.set_guidance(guidance_scale, guidance_rescale)
         end = torch.tensor([schedule.max_timestep], device=self.device)
         if prediction_type == "epsilon" and bool(schedule.alpha(end) == 0):
             raise InvalidArgumentError(
@@ -76,10 +105,33 @@ class Denoiser(nn.Module):
                 "a schedule without zero terminal SNR, or a v_prediction or sample network.",
             )
 
+    def set_guidance(self, scale: float, rescale: float = 0.0) -> None:
+        """Change `guidance_scale` and `guidance_rescale`, and with them the cost of a prediction.
+
+        Raises:
+            InvalidArgumentError: for a scale other than 1 without a null class.
+        """
+        scale = check_number("guidance_scale", scale)
+        rescale = check_number("guidance_rescale", rescale, 0, 1)
+        if scale != 1 and (self.num_classes is None or self.null_class is None):
+            raise InvalidArgumentError(
+                "guidance_scale",
+                scale,
+                "pass 1, or a conditional network together with its null_class, or a table of "
+                "conditions with a null.",
+            )
+        self.guidance_scale, self.guidance_rescale = scale, rescale
+
     @property
     def device(self) -> torch.device:
-        """Device of the network's parameters."""
-        return next((p.device for p in self.network.parameters()), torch.device("cpu"))
+        """Device of the network's parameters or, where it has none, buffers."""
+        return self._device() or torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Dtype of the network's first floating-point parameter; None without any."""
+        dtypes = (p.dtype for p in self.network.parameters() if p.is_floating_point())
+        return next(dtypes, None)
 
     @property
     def nfe(self) -> int:
@@ -92,7 +144,8 @@ class Denoiser(nn.Module):
         Args:
             x_t: Noisy latents, `(N, ...)`.
             t: Times, float `(N,)`.
-            condition: Classes, int64 `(N,)`; None for an unconditional network.
+            condition: Classes, or rows of the table, int64 `(N,)`; None for an unconditional
+                network.
         """
         self.network_evaluations += self.nfe * len(x_t)
         if self.nfe == 1:
@@ -104,7 +157,8 @@ class Denoiser(nn.Module):
         null = torch.full_like(condition, self.null_class)
         both = self._call(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([null, condition]))
         uncond, cond = both.chunk(2)
-        return uncond + self.guidance_scale * (cond - uncond)
+        guided = uncond + self.guidance_scale * (cond - uncond)
+        return rescale_guided(guided, cond, self.guidance_rescale)
 
     def forward(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
         """The estimate of the data, `x0_pred` `(N, ...)`. Arguments as for `predict`."""
@@ -118,11 +172,37 @@ class Denoiser(nn.Module):
         return self.schedule.initial_std * noise
 
     def initial_condition(self, num: int, generator: torch.Generator) -> Tensor | None:
-        """Draw `num` classes uniformly, int64 `(num,)`; None for an unconditional network."""
+        """Draw `num` conditions uniformly, int64 `(num,)`; None for an unconditional network."""
         if self.num_classes is None:
             return None
         return torch.randint(self.num_classes, (num,), generator=generator, device=generator.device)
 
+    def _device(self) -> torch.device | None:
+        tensors = itertools.chain(self.network.parameters(), self.network.buffers())
+        return next((tensor.device for tensor in tensors), None)
+
     def _call(self, x_t: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
-        output = self.network(x_t, t) if condition is None else self.network(x_t, t, condition)
-        return output if isinstance(output, Tensor) else output.sample
+        """The network's prediction in its own dtype and on its own device, returned as `x_t`'s."""
+        device, dtype = self._device() or x_t.device, self.dtype or x_t.dtype
+        told: Told = None if condition is None else condition.to(device)
+        if self.conditions is not None and condition is not None:
+            rows = self.conditions(condition)
+            told = {
+                name: row.to(device, dtype if row.is_floating_point() else row.dtype)
+                for name, row in rows.items()
+            }
+        return self.call(self.network, x_t.to(device, dtype), t.to(device), told).to(x_t)
+
+
+def rescale_guided(guided: Tensor, cond: Tensor, rescale: float) -> Tensor:
+    """Bring a guided prediction's std back towards the conditional one's (Lin et al. 2023, eq. 16).
+
+    Args:
+        guided, cond: Predictions, `(N, ...)`.
+        rescale: Share of the rescaled prediction in the result, in [0, 1].
+    """
+    if rescale == 0:
+        return guided
+    axes = tuple(range(1, guided.ndim))
+    factor = cond.std(axes, keepdim=True) / guided.std(axes, keepdim=True)
+    return guided * (rescale * factor + (1 - rescale))

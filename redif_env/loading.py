@@ -1,39 +1,73 @@
-"""From diffusers folders to denoisers and teachers: the only module that imports diffusers."""
+"""From diffusers pipelines, in folders or in memory, to denoisers and teachers."""
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from .denoiser import Denoiser
-from .errors import InvalidArgumentError, TeacherFolderError
+from . import families
+from .adapters import EDMNetwork
+from .conditions import Conditions
+from .denoiser import Denoiser, call_network
+from .errors import InvalidArgumentError, TeacherFolderError, check_integer, check_number
 from .noise import FlowSchedule, NoiseSchedule, VESchedule, VPSchedule
+from .prompts import encode_prompts, load_prompts, read_texts
+from .solvers import KernelSolver
 from .teacher import Teacher
 
 BUNDLED = {"digits": Path(__file__).parent / "assets" / "digits"}
 METADATA = "redif.json"
+INDEX = "model_index.json"
+DISTILLED_GUIDANCE = 3.5  # of Flux-dev's pipeline
+# What pipelines call the part that denoises, and the one that decodes.
+NETWORK_NAMES = ("unet", "transformer")
+AUTOENCODER_NAMES = ("vae", "vqvae")
+
+
+class Parts(NamedTuple):
+    """What a pipeline is made of.
+
+    Attributes:
+        network: What denoises.
+        scheduler: The pipeline's own.
+        autoencoder: Of latent diffusion; None where pixels are denoised.
+        metadata: `num_classes` and `null_class`, where the folder says them.
+        folder: Where the pipeline lies; None for one in memory.
+        pipeline: The one in memory, or None.
+        variant: Of the folder's files.
+    """
+
+    network: Any
+    scheduler: SchedulerMixin
+    autoencoder: Any = None
+    metadata: Mapping[str, Any] = {}
+    folder: Path | None = None
+    pipeline: Any = None
+    variant: str | None = None
 
 
 def noise_schedule(scheduler: SchedulerMixin) -> NoiseSchedule:
     """The noise schedule that a diffusers scheduler steps through.
 
     Args:
-        scheduler: Any scheduler with `alphas_cumprod` (VP), a flow-matching one, or an EDM one.
+        scheduler: Any scheduler with `alphas_cumprod` (VP), a flow-matching one (or another with
+            `use_flow_sigmas`), or an EDM one.
 
     Raises:
         InvalidArgumentError: for a scheduler of another kind.
     """
     config = scheduler.config
     name = type(scheduler).__name__
-    if name.startswith("FlowMatch"):
+    if name.startswith("FlowMatch") or config.get("use_flow_sigmas"):
         return FlowSchedule(config.num_train_timesteps)
     if name.startswith("EDM"):
         return VESchedule(
@@ -53,125 +87,339 @@ def prediction_type(scheduler: SchedulerMixin) -> str:
     return str(scheduler.config.get("prediction_type", "epsilon"))
 
 
-def load_denoiser(source: str | Path, *, guidance_scale: float = 1.0) -> Denoiser:
-    """Load a diffusers folder (`unet/` and `scheduler/`) as a denoiser. Never downloads.
-
-    Args:
-        source: A folder, or the name of a bundled teacher (`"digits"`).
-        guidance_scale: Scale of classifier-free guidance; 1 is none.
-
-    Raises:
-        TeacherFolderError: if the folder is missing, incomplete or corrupt.
-    """
-    folder = find_folder(source)
-    network = _load_network(folder)
+def load_denoiser(
+    source: str | Path | DiffusionPipeline,
+    *,
+    prompts: str | Path | Iterable[Any] | None = None,
+    negative_prompt: str | None = None,
+    conditions: Conditions | None = None,
+    guidance_scale: float = 1.0,
+    guidance_rescale: float = 0.0,
+) -> Denoiser:
+    """Load the denoiser of a diffusers pipeline. Arguments and errors as for `load_teacher`."""
+    parts = take_apart(source)
+    table = make_table(parts, prompts, negative_prompt, conditions)
     return build_denoiser(
-        network, load_scheduler(folder), _read_metadata(folder), guidance_scale=guidance_scale
+        parts.network,
+        parts.scheduler,
+        parts.metadata,
+        conditions=table,
+        guidance_scale=guidance_scale,
+        guidance_rescale=guidance_rescale,
     )
 
 
 def build_denoiser(
-    network: UNet2DModel,
+    network: Any,
     scheduler: SchedulerMixin,
     metadata: Mapping[str, Any],
     *,
+    conditions: Conditions | None = None,
     guidance_scale: float = 1.0,
+    guidance_rescale: float = 0.0,
+    latent_size: int | tuple[int, int] | None = None,
 ) -> Denoiser:
     """A denoiser from a diffusers network and scheduler.
 
     Args:
-        network: The UNet.
+        network: Of one of the classes in `families.NETWORKS`.
         scheduler: Any diffusers scheduler of the same noise schedule.
         metadata: `num_classes` and `null_class`, where the network has classes.
+        conditions: A table, for networks that are conditioned on more than a class.
         guidance_scale: Scale of classifier-free guidance; 1 is none.
+        guidance_rescale: See `Denoiser`.
+        latent_size: Height and width of the latents; default: the network's own.
     """
-    config = network.config
-    size = config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
+    num_classes, null_class = families.classes(network)
+    if conditions is None:
+        num_classes = metadata.get("num_classes", num_classes)
+        null_class = metadata.get("null_class", null_class)
+    else:
+        num_classes = null_class = None
+    schedule, predicts = noise_schedule(scheduler), prediction_type(scheduler)
+    call, module = families.NETWORKS[type(network)], network
+    if isinstance(schedule, VESchedule):
+        sign = -1.0 if predicts == "v_prediction" else 1.0
+        module = EDMNetwork(network, schedule, scheduler.config.sigma_data, sign)
+        call, predicts = call_network, "sample"
     return Denoiser(
-        network,
-        noise_schedule(scheduler),
-        prediction_type(scheduler),
-        (config.in_channels, height, width),
-        num_classes=metadata.get("num_classes", config.num_class_embeds),
-        null_class=metadata.get("null_class"),
+        module,
+        schedule,
+        predicts,
+        (families.latent_shape(network)[0], *_size(network, latent_size)),
+        num_classes=num_classes,
+        null_class=null_class,
+        conditions=conditions,
         guidance_scale=guidance_scale,
+        guidance_rescale=guidance_rescale,
+        call=call,
     )
 
 
 def load_teacher(
-    source: str | Path = "digits",
+    source: str | Path | DiffusionPipeline = "digits",
     *,
     num_steps: int = 50,
+    prompts: str | Path | Iterable[Any] | None = None,
+    negative_prompt: str | None = None,
+    conditions: Conditions | None = None,
     guidance_scale: float = 1.0,
+    guidance_rescale: float = 0.0,
+    distilled_guidance: float = DISTILLED_GUIDANCE,
+    latent_size: int | tuple[int, int] | None = None,
     device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    variant: str | None = None,
+    local_files_only: bool = True,
 ) -> Teacher:
-    """Load a diffusers folder as a teacher that samples with the folder's own scheduler.
+    """Load a diffusers pipeline as a teacher that samples with the pipeline's own scheduler.
 
-    A DDPM scheduler, which is stochastic, is replaced by DDIM with the same noise schedule.
+    A DDPM scheduler, which is stochastic, is replaced by DDIM with the same noise schedule. Text
+    encoders are only used to encode the prompts, and are not kept.
 
     Args:
-        source: A folder with `unet/` and `scheduler/`, or the name of a bundled teacher.
+        source: A folder with a network (`unet/` or `transformer/`), `scheduler/` and, for latent
+            diffusion, an autoencoder (`vae/` or `vqvae/`); the name of a bundled teacher; a
+            pipeline in memory, whose parts are used, not copied; or, with
+            `local_files_only=False`, a repository of the Hugging Face hub.
         num_steps: Steps of the teacher's sampler.
+        prompts: What a text-to-image model is conditioned on: a text file with a prompt a line, a
+            list, or records with a `"prompt"`, `"text"` or `"caption"`. A task draws one of them.
+        negative_prompt: What guidance leads away from; default: as the pipeline does.
+        conditions: A table in the place of prompts, with the names of the network's arguments.
         guidance_scale: Scale of classifier-free guidance; 1 is none.
+        guidance_rescale: See `Denoiser`.
+        distilled_guidance: What networks that have guidance distilled into them (Flux-dev, latent
+            consistency models) are told of its scale; it costs nothing.
+        latent_size: Height and width of the latents, or one number; default: the network's own.
         device: Where the network goes.
+        dtype: Of the network and the text encoders; default: as saved in memory, else float32. The
+            autoencoder stays in float32: some overflow in half precision.
+        variant: Of the weights' files, such as `"fp16"`.
+        local_files_only: Never download.
 
     Raises:
-        TeacherFolderError: if the folder is missing, incomplete or corrupt.
+        TeacherFolderError: if the folder is missing, incomplete, corrupt, or of a family that is
+            not supported.
+        InvalidArgumentError: for prompts or conditions that are missing or do not go with the
+            network, and other arguments that make no sense.
+        MissingExtraError: for prompts without transformers, extra `text`.
     """
-    denoiser = load_denoiser(source, guidance_scale=guidance_scale)
-    scheduler = load_scheduler(find_folder(source))
+    parts = take_apart(source, dtype, variant, local_files_only)
+    table = make_table(
+        parts,
+        prompts,
+        negative_prompt,
+        conditions,
+        distilled_guidance=distilled_guidance,
+        latent_size=latent_size,
+        device=device,
+    )
+    denoiser = build_denoiser(
+        parts.network,
+        parts.scheduler,
+        parts.metadata,
+        conditions=table,
+        guidance_scale=guidance_scale,
+        guidance_rescale=guidance_rescale,
+        latent_size=latent_size,
+    )
+    codec = None if parts.autoencoder is None else families.make_codec(parts.autoencoder)
+    name = str(source) if str(source) in BUNDLED else str(parts.folder)
+    teacher = Teacher(
+        denoiser,
+        solver_maker(parts.scheduler, denoiser),
+        num_steps,
+        source=name if parts.folder is not None else None,
+        codec=codec,
+    )
+    return teacher.to(device)
+
+
+def solver_maker(scheduler: SchedulerMixin, denoiser: Denoiser) -> Callable[[], Any]:
+    """A function that makes fresh, deterministic solvers like `scheduler`."""
+    if isinstance(denoiser.schedule, VESchedule):
+        # Times of an EDM scheduler are log(sigma) / 4, and it wants the raw network's output. The
+        # kernel is Euler's method, and evenly spaced times are Karras' sigmas.
+        return functools.partial(KernelSolver, denoiser)
+    if scheduler.config.get("use_dynamic_shifting"):
+        network: Any = denoiser.network
+        side = families.patch_side(network)
+        tokens = math.prod(length // side for length in denoiser.latent_shape[1:])
+        return functools.partial(
+            families.flow_solver, type(scheduler), scheduler.config, network, tokens
+        )
     kind = DDIMScheduler if isinstance(scheduler, DDPMScheduler) else type(scheduler)
-    make_solver = functools.partial(kind.from_config, scheduler.config)
-    return Teacher(denoiser, make_solver, num_steps, source=str(source)).to(device)
+    # Variances that the network predicts are left out, see families.call_diffusers.
+    learned = {"variance_type": None} if scheduler.config.get("variance_type") else {}
+    changes = learned if kind is type(scheduler) else {}
+    return functools.partial(kind.from_config, scheduler.config, **changes)
+
+
+def take_apart(
+    source: str | Path | DiffusionPipeline,
+    dtype: torch.dtype | None = None,
+    variant: str | None = None,
+    local_files_only: bool = True,
+) -> Parts:
+    """The parts of a pipeline. Arguments and errors as for `load_teacher`."""
+    if isinstance(source, DiffusionPipeline):
+        return _parts_in_memory(source, dtype)
+    folder = find_folder(source, local_files_only, variant)
+    name = next((n for n in NETWORK_NAMES if (folder / n).is_dir()), NETWORK_NAMES[0])
+    network = _load_model(folder / name, tuple(families.NETWORKS), dtype, variant)
+    autoencoder = None
+    for name in AUTOENCODER_NAMES:
+        if (folder / name).is_dir():
+            autoencoder = _load_model(folder / name, families.AUTOENCODERS, None, variant)
+    return Parts(
+        network,
+        load_scheduler(folder),
+        autoencoder,
+        _read_metadata(folder),
+        folder,
+        variant=variant,
+    )
+
+
+def _parts_in_memory(pipeline: Any, dtype: torch.dtype | None) -> Parts:
+    found = pipeline.components
+    network: Any = next(
+        (found[name] for name in NETWORK_NAMES if found.get(name) is not None), None
+    )
+    decoder = next((found[name] for name in AUTOENCODER_NAMES if found.get(name) is not None), None)
+    if type(network) not in families.NETWORKS:
+        raise InvalidArgumentError("source", type(pipeline).__name__, _supported())
+    folder = Path(str(pipeline.config.get("_name_or_path", "")))
+    return Parts(
+        network.to(dtype) if dtype else network,
+        found["scheduler"],
+        None if decoder is None else decoder.float(),
+        folder=folder if folder.is_absolute() and folder.is_dir() else None,
+        pipeline=pipeline,
+    )
+
+
+def make_table(
+    parts: Parts,
+    prompts: str | Path | Iterable[Any] | None = None,
+    negative_prompt: str | None = None,
+    conditions: Conditions | None = None,
+    *,
+    distilled_guidance: float = DISTILLED_GUIDANCE,
+    latent_size: int | tuple[int, int] | None = None,
+    device: str | torch.device = "cpu",
+) -> Conditions | None:
+    """The table of conditions that a pipeline's network is called with; None: it needs none.
+
+    Arguments and errors as for `load_teacher`.
+    """
+    if conditions is not None:
+        if prompts is not None or negative_prompt is not None:
+            raise InvalidArgumentError("conditions", "with prompts", "pass one or the other.")
+        families.check_table(parts.network, conditions.tensors())
+        return conditions
+    needed = families.needs_table(parts.network)
+    if prompts is None and negative_prompt is None and not needed:
+        return None
+    name = type(parts.network).__name__
+    if not needed:
+        raise InvalidArgumentError("prompts", prompts, f"{name} takes none: leave them out.")
+    if prompts is None:
+        raise InvalidArgumentError(
+            "prompts",
+            None,
+            f"{name} needs conditions: pass prompts, or conditions=Conditions(...).",
+        )
+    texts = read_texts(prompts)
+    if parts.pipeline is not None:
+        table = encode_prompts(parts.pipeline, texts, negative_prompt)
+    else:
+        assert parts.folder is not None
+        dtype, variant = parts.network.dtype, parts.variant
+        table = load_prompts(parts.folder, texts, negative_prompt, dtype, device, variant)
+    factor = families.pixel_factor(parts.autoencoder)
+    height, width = _size(parts.network, latent_size)
+    distilled_guidance = check_number("distilled_guidance", distilled_guidance)
+    rows = families.shared_rows(parts.network, factor * height, factor * width, distilled_guidance)
+    return table.with_shared(rows)
 
 
 def describe(denoiser: Denoiser, scheduler: SchedulerMixin) -> dict[str, Any]:
-    """Plain data from which `build_from_description` makes the same architecture again.
+    """Data from which `build_from_description` makes the same architecture again.
+
+    Plain data, but for a table of conditions, which is the denoiser's own.
 
     Raises:
-        InvalidArgumentError: if the network is not a diffusers UNet2DModel.
+        InvalidArgumentError: if the network is not a diffusers model of a known family.
     """
-    network = denoiser.network
-    if not isinstance(network, UNet2DModel):
+    network: Any = denoiser.network
+    if not can_describe(denoiser, scheduler):
         raise InvalidArgumentError(
             "student",
             type(network).__name__,
-            "pass policy_kwargs={'student': function} with a function that makes the denoiser.",
+            "only diffusers' known families can be described: pass the denoiser itself.",
         )
     return {
+        "class": type(network).__name__,
         "network": {key: value for key, value in network.config.items() if key[0] != "_"},
         "scheduler": [type(scheduler).__name__, dict(scheduler.config)],
+        "latent_size": denoiser.latent_shape[1:],
         "num_classes": denoiser.num_classes,
         "null_class": denoiser.null_class,
+        "conditions": denoiser.conditions,
         "guidance_scale": denoiser.guidance_scale,
+        "guidance_rescale": denoiser.guidance_rescale,
     }
+
+
+def can_describe(denoiser: Denoiser, scheduler: Any) -> bool:
+    """Whether network and scheduler are diffusers', of a known family, and called as that is."""
+    known = families.NETWORKS.get(type(denoiser.network)) is denoiser.call
+    return known and isinstance(scheduler, SchedulerMixin)
 
 
 def build_from_description(description: Mapping[str, Any]) -> Denoiser:
     """A denoiser with random weights of the architecture that `describe` described."""
     name, config = description["scheduler"]
+    kind: Any = families.find_class(description["class"], tuple(families.NETWORKS))
     return build_denoiser(
-        UNet2DModel(**description["network"]),
+        kind(**description["network"]),
         getattr(diffusers, name).from_config(config),
         description,
+        conditions=description["conditions"],
         guidance_scale=description["guidance_scale"],
+        guidance_rescale=description["guidance_rescale"],
+        latent_size=description["latent_size"],
     )
 
 
-def find_folder(source: str | Path) -> Path:
-    """The folder of a bundled teacher's name or of a path.
+def find_folder(
+    source: str | Path, local_files_only: bool = True, variant: str | None = None
+) -> Path:
+    """The folder of a bundled teacher's name, of a path, or of a repository of the hub.
+
+    Args:
+        source: What to find.
+        local_files_only: Whether the hub may not be asked.
+        variant: Of the files to download.
 
     Raises:
         TeacherFolderError: if there is none.
     """
     folder = BUNDLED.get(str(source), Path(source))
-    if not folder.is_dir():
-        names = ", ".join(map(repr, BUNDLED))
-        raise TeacherFolderError(
-            "teacher", str(source), f"pass an existing diffusers folder or one of {names}."
-        )
-    return folder
+    if folder.is_dir():
+        return folder
+    names = ", ".join(map(repr, BUNDLED))
+    remedy = f"pass an existing diffusers folder or one of {names}"
+    if local_files_only:
+        remedy += ", or a name of the hub with local_files_only=False."
+        raise TeacherFolderError("teacher", str(source), remedy)
+    try:
+        options = {"use_safetensors": True, "variant": variant}
+        return Path(DiffusionPipeline.download(str(source), **options))
+    except Exception as error:  # huggingface_hub raises many kinds
+        raise TeacherFolderError("teacher", str(source), f"{remedy} ({error}).") from error
 
 
 def load_scheduler(folder: Path) -> SchedulerMixin:
@@ -189,21 +437,23 @@ def load_scheduler(folder: Path) -> SchedulerMixin:
         ) from error
 
 
-def _load_network(folder: Path) -> UNet2DModel:
-    path = folder / "unet"
-    name = _read_json(path / "config.json").get("_class_name")
-    if name != "UNet2DModel":
-        raise TeacherFolderError(
-            "teacher", str(path), f"the network is a {name}; UNet2DModel is supported so far."
-        )
+def _load_model(
+    path: Path, kinds: tuple[type, ...], dtype: torch.dtype | None, variant: str | None
+) -> Any:
+    """A diffusers model of one of `kinds`, with all of its weights and no others."""
+    kind: Any = families.find_class(_read_json(path / "config.json").get("_class_name"), kinds)
+    if kind is None:
+        raise TeacherFolderError("teacher", str(path), _supported())
     try:
         # use_safetensors: never unpickle a file from outside.
-        network, report = UNet2DModel.from_pretrained(
+        model, report = kind.from_pretrained(
             path,
             local_files_only=True,
             use_safetensors=True,
             low_cpu_mem_usage=False,
             output_loading_info=True,
+            variant=variant,
+            **({} if dtype is None else {"torch_dtype": dtype}),
         )
     except Exception as error:  # diffusers raises many kinds for a damaged folder
         raise TeacherFolderError(
@@ -214,9 +464,42 @@ def _load_network(folder: Path) -> UNet2DModel:
         raise TeacherFolderError(
             "teacher", str(path), f"weights are missing or of another network: {wrong[:3]}."
         )
-    if network.config.sample_size is None:
-        raise TeacherFolderError("teacher", str(path), "give its config a sample_size.")
-    return network
+    return model
+
+
+def network_name(network: Any) -> str:
+    """What diffusers' pipelines, and their folders, call a network."""
+    return "unet" if type(network).__name__.startswith("UNet") else "transformer"
+
+
+def _supported() -> str:
+    networks = ", ".join(kind.__name__ for kind in families.NETWORKS)
+    decoders = ", ".join(kind.__name__ for kind in families.AUTOENCODERS)
+    return (
+        f"networks can be {networks}, and autoencoders {decoders}; for others make "
+        "Denoiser(network, schedule, ...) and Teacher(denoiser, ...) yourself."
+    )
+
+
+def _size(network: Any, latent_size: int | tuple[int, ...] | None) -> tuple[int, int]:
+    """Height and width of the latents.
+
+    Raises:
+        TeacherFolderError: if neither the caller nor the network says.
+        InvalidArgumentError: for a size that the network can not divide.
+    """
+    size: Any = families.latent_shape(network)[1] if latent_size is None else latent_size
+    if size is None:
+        name = network.config.get("_name_or_path") or type(network).__name__
+        raise TeacherFolderError(
+            "teacher", name, "its config has no sample_size: add one, or pass latent_size."
+        )
+    height, width = (size, size) if isinstance(size, int) else size
+    side = families.patch_side(network)
+    for length in (height, width):
+        if check_integer("latent_size", length, 1) % side:
+            raise InvalidArgumentError("latent_size", size, f"pass multiples of {side}.")
+    return height, width
 
 
 def _read_metadata(folder: Path) -> dict[str, Any]:

@@ -6,10 +6,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .codec import Codec
 from .errors import InvalidArgumentError
 
 MIN_SIDE = 96  # pixels; small images are enlarged without smoothing, so that pixels stay visible
 GAP = 4
+
+
+def pixels(latents: Tensor, codec: Codec | None) -> Tensor:
+    """What people see of latents `(N, ...)`: decoded, or themselves without a codec."""
+    return latents if codec is None else codec.decode(latents)
 
 
 def to_rgb(images: Tensor) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import json
@@ -19,8 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .codec import Codec
 from .denoiser import Denoiser
 from .errors import CacheError, InvalidArgumentError, check_choice, check_integer
+from .noise import NoiseSchedule, VPSchedule
 
 # Independent streams of noise: each split adds its own constant to the seed's hash.
 SPLITS = ("train", "validation", "test")
@@ -34,13 +37,13 @@ class Teacher:
         denoiser: The model.
         make_solver: Returns a fresh diffusers scheduler; it must be deterministic.
         num_steps: Steps of the solver, 50 by default.
-
-    Attributes:
         source: Folder or name that the teacher was loaded from, for records; may be None.
+        codec: What turns its latents into pixels; None where pixels are denoised.
 
     Raises:
         InvalidArgumentError: for a solver that draws random numbers: its answers are no function of
-            the noise, so that nothing could learn them.
+            the noise, so that nothing could learn them; and for one that is none, or is of another
+            noise schedule or prediction type than the denoiser.
     """
 
     def __init__(
@@ -49,12 +52,15 @@ class Teacher:
         make_solver: Callable[[], Any],
         num_steps: int = 50,
         source: str | None = None,
+        codec: Codec | None = None,
     ) -> None:
         self.denoiser = denoiser.eval().requires_grad_(False)
         self.make_solver = make_solver
         self.num_steps = check_integer("num_steps", num_steps, 1)
         self.source = source
-        _check_deterministic(make_solver, self.num_steps)
+        self.codec = codec
+        _check_solver(make_solver(), denoiser)
+        _check_deterministic(make_solver, self.num_steps, denoiser)
 
     @property
     def device(self) -> torch.device:
@@ -62,8 +68,19 @@ class Teacher:
         return self.denoiser.device
 
     def to(self, device: str | torch.device) -> Teacher:
-        """Move the network to `device`; returns self."""
+        """Move network, conditions and codec to `device`; returns self."""
         self.denoiser.to(device)
+        if self.codec is not None:
+            self.codec.to(device)
+        return self
+
+    def offload(self) -> Teacher:
+        """Move the network's weights to the CPU, once its answers are in a bank; returns self.
+
+        Environments and students go on where they are. The teacher still answers, and pictures are
+        still drawn, on the CPU; `to` takes it back.
+        """
+        self.denoiser.network.to("cpu")
         return self
 
     @torch.no_grad()
@@ -78,7 +95,9 @@ class Teacher:
         def predict(model_input: Tensor, t: Tensor) -> Tensor:
             return self.denoiser.predict(model_input, t.float().expand(len(x_T)), condition)
 
-        return _solve(self.make_solver(), self.num_steps, predict, x_T)
+        return _solve(
+            self.make_solver(), self.num_steps, predict, x_T, self.denoiser.schedule.initial_std
+        )
 
     def fingerprint(self) -> str:
         """Hex digest of all that the answers depend on: weights, guidance, solver, steps."""
@@ -91,35 +110,79 @@ class Teacher:
             config,
             self.num_steps,
             self.denoiser.guidance_scale,
+            self.denoiser.guidance_rescale,
             self.denoiser.prediction_type,
             self.denoiser.num_classes,
             self.denoiser.null_class,
             self.denoiser.latent_shape,
-            self.denoiser.schedule.initial_std,
+            _scales(self.denoiser.schedule),
             *_architecture(self.denoiser.network),
         ]
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
         _update(digest, self.denoiser.network.state_dict())
+        if self.denoiser.conditions is not None:
+            _update(digest, self.denoiser.conditions.tensors())
         return digest.hexdigest()
 
 
 def _solve(
-    solver: Any, num_steps: int, predict: Callable[[Tensor, Tensor], Tensor], x_T: Tensor
+    solver: Any,
+    num_steps: int,
+    predict: Callable[[Tensor, Tensor], Tensor],
+    x_T: Tensor,
+    initial_std: float = 1.0,
 ) -> Tensor:
-    """Where a diffusers scheduler gets from `x_T` with the predictions of `predict`."""
+    """Where a diffusers scheduler gets from `x_T` with the predictions of `predict`.
+
+    Some schedulers (Euler, Heun, LMS) step through `x_t / alpha_t`, whose std at the start is
+    `init_noise_sigma`, and scale it back before the network sees it.
+    """
     solver.set_timesteps(num_steps, device=x_T.device)
     # Flow-matching schedulers have no such method: their networks see the latents as they are.
     scale = getattr(solver, "scale_model_input", lambda x_t, t: x_t)
-    x_t = x_T
+    x_t = x_T * (getattr(solver, "init_noise_sigma", initial_std) / initial_std)
     for t in solver.timesteps:
         prediction = predict(scale(x_t, t), t)
         x_t = solver.step(prediction, t, x_t).prev_sample
     return x_t
 
 
-def _check_deterministic(make_solver: Callable[[], Any], num_steps: int) -> None:
+def _check_solver(solver: Any, denoiser: Denoiser) -> None:
+    """Refuse what can not step, and what steps through another process than the denoiser's."""
+    name = type(solver).__name__
+    missing = [need for need in ("set_timesteps", "step", "config") if not hasattr(solver, need)]
+    if missing:
+        raise InvalidArgumentError(
+            "make_solver", name, f"return a diffusers scheduler: this has no {missing[0]}."
+        )
+    schedule, config = denoiser.schedule, solver.config
+    length = config.get("num_train_timesteps", schedule.num_train_timesteps)
+    table = getattr(solver, "alphas_cumprod", None)
+    same = length == schedule.num_train_timesteps
+    if same and isinstance(schedule, VPSchedule) and table is not None:
+        # The first entry is the data in ours. Zero terminal SNR is 2^-24 in some schedulers.
+        own = schedule.alpha_table.cpu().square()
+        same = torch.allclose(table[1:].cpu().float(), own[1:], rtol=0, atol=1e-4)
+    if not same:
+        raise InvalidArgumentError(
+            "make_solver",
+            name,
+            "it has another noise schedule than the denoiser: use the same config.",
+        )
+    predicts = config.get("prediction_type", denoiser.prediction_type)
+    if predicts != denoiser.prediction_type:
+        raise InvalidArgumentError(
+            "make_solver",
+            f"{name} of a {predicts} network",
+            f"make it with prediction_type={denoiser.prediction_type!r}, as the denoiser.",
+        )
+
+
+def _check_deterministic(
+    make_solver: Callable[[], Any], num_steps: int, denoiser: Denoiser
+) -> None:
     """Solve twice with a prediction of 0, which takes milliseconds, and compare."""
-    x_T = torch.ones(1, 1, 2, 2)
+    x_T = torch.ones(1, 1, 2, 2, device=denoiser.device)
     with torch.random.fork_rng(devices=[]):
         first, second = (
             _solve(make_solver(), num_steps, lambda x_t, t: torch.zeros_like(x_t), x_T)
@@ -133,9 +196,18 @@ def _check_deterministic(make_solver: Callable[[], Any], num_steps: int) -> None
         )
 
 
+def _scales(schedule: NoiseSchedule) -> list[Any]:
+    """What tells schedules apart: the std at the start, and both scales at 100 times."""
+    schedule = copy.deepcopy(schedule).to("cpu")  # other devices round otherwise
+    times = torch.linspace(1.0, schedule.max_timestep, 100)
+    return [schedule.initial_std, schedule.alpha(times).tolist(), schedule.sigma(times).tolist()]
+
+
 def _architecture(network: Any) -> list[Any]:
     """Name and settings of a network: the same weights can be read in more than one way."""
-    config = getattr(network, "config", {})
+    config = getattr(network, "config", None)
+    if not isinstance(config, Mapping):
+        return [type(network).__name__, repr(network)]
     public = {name: value for name, value in config.items() if name[0] != "_"}
     return [type(network).__name__, public]
 
@@ -147,7 +219,7 @@ class TeacherBank:
     Attributes:
         x_T: Initial noise, float32 `(P, *latent_shape)`.
         teacher_x_0: The teacher's answers, float32 like `x_T`.
-        condition: Classes, int64 `(P,)`; None for an unconditional teacher.
+        condition: Classes or rows of the table, int64 `(P,)`; None for an unconditional teacher.
     """
 
     x_T: Tensor
@@ -209,7 +281,7 @@ class TeacherBank:
         bank = _read(path, key)
         if bank is not None:
             return bank.to(teacher.device)
-        with _cache_errors(path):
+        with cache_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             # Two processes that want the same bank: the second waits, then reads.
             with FileLock(f"{path}.lock"):
@@ -292,11 +364,12 @@ def _update(digest: Any, tensors: Mapping[str, Tensor]) -> None:
 
 
 @contextlib.contextmanager
-def _cache_errors(path: Path) -> Iterator[None]:
+def cache_errors(path: Path) -> Iterator[None]:
+    """Turn what a full disk or a forbidden folder raises into a `CacheError`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         raise CacheError(
-            f"cache_dir={str(path.parent)!r}: the bank could not be stored there ({error}). "
+            f"cache_dir={str(path.parent)!r}: it could not be written there ({error}). "
             f"Free some space, or point {CACHE_VARIABLE} or cache_dir at a writable folder."
         ) from error

@@ -63,7 +63,7 @@ class ReDiFVectorEnv(VectorEnv):
     | `latents` | float32 `latent_shape` | `x_t` |
     | `timestep` | float32 `(1,)` | `t / T` |
     | `steps_left` | float32 `(1,)` | share of `max_steps` that is left |
-    | `condition` | int64 `()` | the class; only when the teacher has classes |
+    | `condition` | int64 `()` | class, or number of the prompt; only with a conditional teacher |
 
     ## Rewards
     0 until the data is reached; then `reward(x_0, teacher_x_0, condition) - step_cost * nfe`.
@@ -91,6 +91,8 @@ class ReDiFVectorEnv(VectorEnv):
         reward: A `Reward` or the name of one, such as `"mse + 0.5*ssim"`.
         action_type: `"latent"` or a diffusers prediction type.
         step_cost: Reward taken for each network evaluation.
+        guidance_scale: Of the student, which decides the cost of a step; default: the teacher's. 1
+            against a guided teacher distils guidance away.
         group_size: K neighbouring rows that share tasks; must divide `num_envs`.
         residual: Whether actions correct a frozen student.
         residual_scale: What a residual action is multiplied by.
@@ -127,6 +129,7 @@ class ReDiFVectorEnv(VectorEnv):
         reward: str | Reward = "mse",
         action_type: str = "latent",
         step_cost: float = 0.0,
+        guidance_scale: float | None = None,
         group_size: int = 1,
         residual: bool = False,
         residual_scale: float = 0.1,
@@ -167,6 +170,10 @@ class ReDiFVectorEnv(VectorEnv):
         denoiser = self.teacher.denoiser
         default = RESIDUAL_BOUND if residual else LATENT_BOUND * denoiser.schedule.initial_std
         self.action_bound = default if action_bound is None else action_bound
+        student = copy.copy(denoiser)
+        if guidance_scale is not None:
+            student.set_guidance(guidance_scale, denoiser.guidance_rescale)
+        self.guidance_scale = student.guidance_scale
         timesteps, max_steps = _resolve_schedule(schedule, denoiser.schedule, num_steps)
         if reward.over_batch and timesteps is None:
             raise InvalidArgumentError(
@@ -182,8 +189,8 @@ class ReDiFVectorEnv(VectorEnv):
             timesteps=None if timesteps is None else timesteps.to(self.device),
             action_type=action_type,
             step_cost=step_cost,
-            nfe_per_step=denoiser.nfe,
-            student=copy.deepcopy(denoiser) if residual else None,
+            nfe_per_step=student.nfe,
+            student=copy.deepcopy(student) if residual else None,
             residual_scale=residual_scale,
             **_check_free(start, min_steps, timesteps, max_steps, denoiser.schedule),
         )
@@ -198,7 +205,7 @@ class ReDiFVectorEnv(VectorEnv):
     def bank(self) -> TeacherBank:
         """The tasks; built, or read from the cache, when first needed."""
         if self._bank is None:
-            self._bank = TeacherBank.build(self.teacher, **self._bank_options)
+            self._bank = TeacherBank.build(self.teacher, **self._bank_options).to(self.device)
         return self._bank
 
     @property
@@ -311,7 +318,8 @@ class ReDiFVectorEnv(VectorEnv):
         """Pictures of a state, uint8 `(N, height, width, 3)`."""
         x0_pred = self.teacher.denoiser(state.x_t, state.t.clamp_min(1), state.condition)
         x0_pred = torch.where(expand(state.t <= 0, state.x_t), state.x_t, x0_pred)
-        return rendering.frames(state.x_t, x0_pred, state.teacher_x_0)
+        panels = state.x_t, x0_pred, state.teacher_x_0
+        return rendering.frames(*(rendering.pixels(x, self.teacher.codec) for x in panels))
 
     def _advance(self, state: mdp.EnvState, action: Tensor) -> mdp.EnvState:
         """The state after one step; what a checked action means is decided here alone."""
@@ -578,5 +586,12 @@ def _check_bank(bank: TeacherBank, denoiser: Denoiser) -> TeacherBank:
     if bank.condition is not None and bank.condition.shape != (len(bank),):
         raise InvalidArgumentError(
             "bank", f"conditions {tuple(bank.condition.shape)}", "pass a class for each task."
+        )
+    known = denoiser.num_classes
+    if bank.condition is not None and known is not None and int(bank.condition.max()) >= known:
+        raise InvalidArgumentError(
+            "bank",
+            f"condition {int(bank.condition.max())}",
+            f"pass a bank that was built with this teacher, which has {known}.",
         )
     return bank

@@ -12,6 +12,7 @@ from .base import (
 )
 from .blind import CompressedSize, Label, Logit, LogProbability
 from .checker import check_reward
+from .decoded import Decoded
 from .discriminator import Discriminator
 from .distributional import MMD, EnergyDistance
 from .features import Features
@@ -37,6 +38,7 @@ __all__ = [
     "CompressedSize",
     "Cosine",
     "DINOPatches",
+    "Decoded",
     "Discriminator",
     "EnergyDistance",
     "Features",

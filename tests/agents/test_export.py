@@ -17,7 +17,7 @@ from small_world import tell_apart
 from torch import nn
 
 from agents.choices import make_head
-from agents.export import export_student, load_adaptive, make_scheduler, snippet
+from agents.export import export_adaptive, export_student, load_adaptive, make_scheduler, snippet
 from agents.sampling import sample
 from redif_env import mdp, schedules
 from redif_env.denoiser import Denoiser
@@ -188,9 +188,9 @@ def test_the_folder_is_a_diffusers_pipeline(folder):
 
 
 def test_guidance_is_in_the_lines_only_where_it_is_used():
-    assert "null" not in snippet(load_denoiser("digits"))
-    assert "null" in snippet(load_denoiser("digits", guidance_scale=2.0))
-    assert "class_labels" not in snippet(make_unconditional_student())
+    assert "null" not in snippet(load_denoiser("digits"), {})
+    assert "null" in snippet(load_denoiser("digits", guidance_scale=2.0), {})
+    assert "class_labels" not in snippet(make_unconditional_student(), {})
 
 
 def test_an_existing_folder_is_refused_and_left_alone(tmp_path):
@@ -254,7 +254,7 @@ def adaptive_head(student: Denoiser, kind: str):
 def test_an_adaptive_student_samples_without_this_project(tmp_path, kind, guidance_scale):
     student = load_denoiser("digits", guidance_scale=guidance_scale)
     head = adaptive_head(student, kind)
-    folder = export_student(student, head, scheduler_config(), tmp_path / "student")
+    folder = export_adaptive(student, head, scheduler_config(), tmp_path / "student")
     x = run_in_a_clean_process(folder, lines_of(folder))
     x_T = torch.randn(10, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     expected, num_steps = sample(student, head, x_T, torch.arange(10))
@@ -276,8 +276,10 @@ def test_a_global_schedule_is_exported_as_its_times(tmp_path):
     head = make_head(spaces.Dict({}), student.schedule, torch.tensor([850.0, 533.0, 120.0, 0.0]))
     with torch.no_grad():
         head.table += 0.1
-    folder = export_student(student, head, scheduler_config(), tmp_path / "student")
     grid = head.grid()
+    with pytest.raises(InvalidArgumentError, match=r"head\.grid"):
+        export_adaptive(student, head, scheduler_config(), tmp_path / "student")
+    folder = export_student(student, grid, scheduler_config(), tmp_path / "student")
     assert json.loads((folder / "redif.json").read_text())["timesteps"] == grid[:-1].tolist()
     x = run_in_a_clean_process(folder, lines_of(folder))
     expected = expected_samples(student, grid, torch.arange(10))
@@ -288,5 +290,5 @@ def test_an_adaptive_schedule_of_another_kind_is_refused(tmp_path):
     student = load_denoiser("digits")
     student.schedule = FlowSchedule(1000)
     with pytest.raises(InvalidArgumentError, match="alphas_cumprod"):
-        export_student(student, adaptive_head(student, "beta"), {}, tmp_path / "student")
+        export_adaptive(student, adaptive_head(student, "beta"), {}, tmp_path / "student")
     assert not list(tmp_path.iterdir())

@@ -215,9 +215,13 @@ def test_other_sources_of_a_student_are_refused(source):
         make_student(source)
 
 
-def test_a_module_is_no_source_because_it_would_be_pickled(teacher):
-    with pytest.raises(InvalidArgumentError, match="function returning a Denoiser"):
-        make_student(teacher.denoiser)
+def test_a_denoiser_is_copied(teacher):
+    """What is not of diffusers can be described by nothing smaller."""
+    student, own = make_student(teacher.denoiser), teacher.denoiser
+    assert student is not own
+    with torch.no_grad():
+        next(student.network.parameters()).add_(1)
+    assert not torch.equal(next(student.network.parameters()), next(own.network.parameters()))
 
 
 def test_a_missing_folder_is_refused(tmp_path):

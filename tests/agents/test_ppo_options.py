@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import gymnasium as gym
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from small_world import ITERATION, STOCK
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize
 from torch import nn
@@ -12,7 +15,8 @@ from torch import nn
 from agents import ReDiFPPO, TorchVecEnv
 from redif_env.denoiser import Denoiser
 from redif_env.errors import InvalidArgumentError
-from redif_env.teacher import Teacher
+from redif_env.loading import load_teacher
+from redif_env.teacher import Teacher, TeacherBank
 
 
 def case(argument, *, env=None, **options):
@@ -142,16 +146,34 @@ class PlainNetwork(nn.Module):
         return self.scale * x_t
 
 
-def test_a_teacher_of_another_library_needs_a_student(teacher, make_env, make_model):
-    known = teacher.denoiser
-
-    def make_student() -> Denoiser:
-        return Denoiser(PlainNetwork(), known.schedule, "sample", (1, 8, 8), num_classes=10)
-
-    env = make_env(teacher=Teacher(make_student(), teacher.make_solver, num_steps=5))
-    with pytest.raises(InvalidArgumentError) as caught:
-        make_model(env)
-    assert caught.value.argument == "student"
-    model = make_model(env, policy_kwargs={"student": make_student})
+def test_a_teacher_of_another_library_is_copied(teacher, make_env, make_model, tmp_path):
+    config = {**teacher.make_solver().config, "prediction_type": "sample"}
+    own = Denoiser(PlainNetwork(), teacher.denoiser.schedule, "sample", (1, 8, 8), num_classes=10)
+    make_solver = functools.partial(DDIMScheduler.from_config, config)
+    model = make_model(make_env(teacher=Teacher(own, make_solver, num_steps=5)))
     model.learn(ITERATION)
-    assert model.policy.denoiser.network.scale != 1
+    assert own.network.scale == 1
+    trained = model.policy.denoiser.network.scale
+    assert trained != 1
+    model.save(tmp_path / "agent")
+    assert ReDiFPPO.load(tmp_path / "agent").policy.denoiser.network.scale == trained
+
+
+def test_a_module_is_no_student(make_model):
+    with pytest.raises(InvalidArgumentError, match="student"):
+        make_model(policy_kwargs={"student": PlainNetwork()})
+
+
+def test_the_student_has_the_guidance_that_the_environment_says(make_env, make_model):
+    """A student without guidance learns from a guided teacher, from the same weights."""
+    guided = load_teacher("digits", num_steps=5, guidance_scale=2.0)
+    bank = TeacherBank.build(guided, 16)
+    env = make_env(teacher=guided, bank=bank, guidance_scale=1.0)
+    model = make_model(env)
+    assert (guided.denoiser.nfe, model.student().nfe, env.process.nfe_per_step) == (2, 1, 1)
+    start, own = model.student().network.state_dict(), guided.denoiser.network.state_dict()
+    assert all(torch.equal(start[name], own[name]) for name in own)
+    model.learn(ITERATION)
+    assert guided.denoiser.guidance_scale == 2
+    same = make_model(make_env(teacher=guided, bank=bank))
+    assert same.student().nfe == 2

@@ -12,10 +12,16 @@ LAYERS = (
     "errors",
     "noise",
     "transition",
+    "conditions",
+    "codec",
     "denoiser",
+    "adapters",
+    "families",
     "teacher",
-    "loading",
+    "prompts",
     "schedules",
+    "solvers",
+    "loading",
     "rewards.maps",
     "rewards.base",
     "rewards.pixel",
@@ -32,6 +38,7 @@ LAYERS = (
     "rewards.perceptual",
     "rewards.pretrained",
     "rewards.checker",
+    "rewards.decoded",
     "rewards",
     "mdp",
     "vector_env",
@@ -120,9 +127,12 @@ def test_the_environment_knows_nothing_of_agents():
         assert not packages & {"agents", "stable_baselines3", "sb3_contrib"}, name
 
 
-def test_only_loading_imports_diffusers():
-    users = [name for name, packages in outer("redif_env").items() if "diffusers" in packages]
-    assert users == ["loading"]
+def test_only_loading_and_its_neighbours_import_diffusers():
+    users = {name for name, packages in outer("redif_env").items() if "diffusers" in packages}
+    assert users == {"families", "prompts", "loading"}
+    # Nothing but loading knows the neighbours: all else is handed what they make.
+    graph = inner("redif_env")
+    assert {name for name in graph if {"families", "prompts"} & graph[name]} == {"loading"}
 
 
 @pytest.mark.parametrize("package", ["redif_env", "agents"])

@@ -167,10 +167,17 @@ def change_a_weight(teacher):
     return teacher
 
 
-def with_solver(teacher, **changes):
-    config = {**teacher.make_solver().config, **changes}
-    make = functools.partial(DDIMScheduler.from_config, config)
+def with_solver(teacher, kind=DDIMScheduler, **changes):
+    make = functools.partial(kind.from_config, {**teacher.make_solver().config, **changes})
     return Teacher(teacher.denoiser, make, teacher.num_steps)
+
+
+def with_betas(teacher, beta_schedule):
+    config = {**teacher.make_solver().config, "beta_schedule": beta_schedule}
+    description = describe(teacher.denoiser, DDIMScheduler.from_config(config))
+    denoiser = build_from_description(description)
+    denoiser.network.load_state_dict(teacher.denoiser.network.state_dict())
+    return Teacher(denoiser, functools.partial(DDIMScheduler.from_config, config), 2)
 
 
 def with_network(teacher, **changes):
@@ -187,8 +194,8 @@ CHANGES = {
     "a weight": change_a_weight,
     "steps": lambda _: load_teacher("digits", num_steps=3),
     "guidance": lambda _: load_teacher("digits", num_steps=2, guidance_scale=1.5),
-    "solver": lambda t: Teacher(t.denoiser, DPMSolverMultistepScheduler, 2),
-    "solver's betas": lambda t: with_solver(t, beta_schedule="linear"),
+    "solver": lambda t: with_solver(t, DPMSolverMultistepScheduler),
+    "betas": lambda t: with_betas(t, "linear"),
     "solver's spacing": lambda t: with_solver(t, timestep_spacing="leading"),
     "activation": lambda t: with_network(t, act_fn="gelu"),
     "image size": lambda t: with_network(t, sample_size=16),
@@ -278,7 +285,9 @@ torch.set_num_threads(1)
 from diffusers import DPMSolverMultistepScheduler
 from redif_env import Teacher, TeacherBank, load_teacher
 def make_solver():
-    return DPMSolverMultistepScheduler(prediction_type="v_prediction")
+    return DPMSolverMultistepScheduler(
+        beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction"
+    )
 teacher = Teacher(load_teacher("digits").denoiser, make_solver, 2)
 print("ready", flush=True)
 sys.stdin.readline()
@@ -392,8 +401,8 @@ def test_options_are_checked_before_anything_is_written(fast, tmp_path, option):
 @pytest.mark.parametrize("kind", [DDPMScheduler, EulerAncestralDiscreteScheduler, LCMScheduler])
 def test_a_solver_that_draws_random_numbers_is_refused(teacher, kind):
     before = torch.get_rng_state()
-    with pytest.raises(InvalidArgumentError, match=kind.__name__) as caught:
-        Teacher(teacher.denoiser, kind, num_steps=3)
+    with pytest.raises(InvalidArgumentError, match=f"{kind.__name__}.*random") as caught:
+        with_solver(teacher, kind)
     assert caught.value.argument == "make_solver"
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -403,10 +412,27 @@ def test_a_solver_that_draws_random_numbers_is_refused(teacher, kind):
     [DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler, HeunDiscreteScheduler],
 )
 def test_a_deterministic_solver_is_taken(teacher, kind):
-    assert Teacher(teacher.denoiser, kind, num_steps=3).num_steps == 3
+    assert type(with_solver(teacher, kind).make_solver()) is kind
 
 
 def test_a_solvers_option_can_make_it_stochastic(teacher):
-    solver = functools.partial(DPMSolverMultistepScheduler, algorithm_type="sde-dpmsolver++")
     with pytest.raises(InvalidArgumentError, match="random"):
-        Teacher(teacher.denoiser, solver, num_steps=3)
+        with_solver(teacher, DPMSolverMultistepScheduler, algorithm_type="sde-dpmsolver++")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"beta_schedule": "linear"}, "another noise schedule"),
+        ({"num_train_timesteps": 500}, "another noise schedule"),
+        ({"prediction_type": "epsilon"}, "prediction_type='v_prediction'"),
+    ],
+)
+def test_a_solver_of_another_process_is_refused(teacher, changes, message):
+    with pytest.raises(InvalidArgumentError, match=message):
+        with_solver(teacher, **changes)
+
+
+def test_what_can_not_step_is_no_solver(teacher):
+    with pytest.raises(InvalidArgumentError, match=r"make_solver='object'.*set_timesteps"):
+        Teacher(teacher.denoiser, object, num_steps=3)

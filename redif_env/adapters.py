@@ -1,0 +1,86 @@
+r"""Networks of other conventions as networks of `x_t` and `t`, for `Denoiser`.
+
+Many papers write a network for :math:`x = x_0 + \sigma\epsilon` and tell it sigma. Any schedule is
+that after division: :math:`x_t / \alpha_t = x_0 + (\sigma_t / \alpha_t)\,\epsilon`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .denoiser import Told, call_network
+from .errors import InvalidArgumentError, check_number
+from .noise import NoiseSchedule, expand
+
+
+class SigmaNetwork(nn.Module):
+    """A denoiser D(x, sigma) as a network that predicts `"sample"`.
+
+    Args:
+        network: `network(x, sigma)` with sigma `(N,)`, and the condition after it, returns `x_0`.
+        schedule: The schedule that the denoiser will have.
+
+    Raises:
+        InvalidArgumentError: for a schedule that reaches alpha = 0, where sigma is infinite.
+    """
+
+    def __init__(self, network: nn.Module, schedule: NoiseSchedule) -> None:
+        super().__init__()
+        end = torch.tensor([schedule.max_timestep])
+        if bool(schedule.alpha(end) == 0):
+            raise InvalidArgumentError(
+                "schedule", type(schedule).__name__, "alpha is 0 at its end: sigma is infinite."
+            )
+        self.network = network
+        self.schedule = schedule
+
+    def forward(self, x_t: Tensor, t: Tensor, told: Tensor | None = None, **rows: Tensor) -> Tensor:
+        """The estimate of the data, like `x_t`."""
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        x = x_t / expand(alpha, x_t).to(x_t.dtype)
+        return self.estimate(x, sigma / alpha, rows or told)
+
+    def estimate(self, x: Tensor, sigma: Tensor, told: Told) -> Tensor:
+        """`x_0` from `x = x_0 + sigma eps`."""
+        return call_network(self.network, x, sigma, told)
+
+
+class ScoreNetwork(SigmaNetwork):
+    r"""A score network as one that predicts `"sample"`, by Tweedie's formula.
+
+    :math:`E[x_0 | x] = x + \sigma^2 \nabla_x \log p_\sigma(x)` (Efron 2011, eq. 1.4). Arguments as
+    for `SigmaNetwork`; the network returns the score.
+    """
+
+    def estimate(self, x: Tensor, sigma: Tensor, told: Told) -> Tensor:
+        return x + expand(sigma, x) ** 2 * call_network(self.network, x, sigma, told)
+
+
+class EDMNetwork(SigmaNetwork):
+    r"""A raw network F with EDM's preconditioning (Karras et al. 2022, table 1 and eq. 7).
+
+    .. math:: D(x; \sigma) = c_{skip}\,x + c_{out}\,F(c_{in}\,x;\ \tfrac14 \ln\sigma)
+
+    Args:
+        network, schedule: As for `SigmaNetwork`.
+        sigma_data: Standard deviation of the data.
+        sign: -1 for diffusers' `"v_prediction"`, whose c_out has the opposite sign.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: NoiseSchedule,
+        sigma_data: float = 0.5,
+        sign: float = 1.0,
+    ) -> None:
+        super().__init__(network, schedule)
+        self.sigma_data = check_number("sigma_data", sigma_data, 1e-12)
+        self.sign = sign
+
+    def estimate(self, x: Tensor, sigma: Tensor, told: Told) -> Tensor:
+        scale, data = expand(sigma, x), self.sigma_data
+        total = (scale**2 + data**2).sqrt()
+        raw = call_network(self.network, (x / total).to(x.dtype), sigma.log() / 4, told)
+        return (data / total) ** 2 * x + self.sign * scale * data / total * raw

@@ -1,0 +1,402 @@
+"""Every family of models: loaded from disk, the teacher is its pipeline, and a student learns."""
+
+import functools
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from tiny_models import FAMILIES, PROMPTS
+
+import redif_env.prompts
+from agents import ReDiFPPO
+from redif_env import Conditions, ReDiFVectorEnv, TeacherBank, load_denoiser, load_teacher
+from redif_env import transition as kernel
+from redif_env.errors import (
+    CacheError,
+    InvalidArgumentError,
+    MissingExtraError,
+    TeacherFolderError,
+)
+from redif_env.loading import build_from_description, can_describe, describe
+from redif_env.noise import FlowSchedule, VESchedule
+
+NUM = 4
+# A batch of 2 N rows, or rows with times of their own, add up in another order.
+SAME = {"rtol": 1e-3, "atol": 1e-4}
+
+
+@functools.cache
+def made(name):
+    return FAMILIES[name].make()
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def given(request, tmp_path_factory):
+    """A family's pipeline, the folder it was saved in, and the teacher that was loaded from it."""
+    family, pipeline = FAMILIES[request.param], made(request.param)
+    folder = tmp_path_factory.mktemp("family") / "pipeline"
+    pipeline.save_pretrained(folder)
+    teacher = load_teacher(folder, num_steps=family.num_steps, **family.options)
+    generator = torch.Generator().manual_seed(0)
+    x_T = teacher.denoiser.initial_noise(NUM, generator)
+    condition = teacher.denoiser.initial_condition(NUM, generator)
+    return SimpleNamespace(
+        family=family, pipeline=pipeline, folder=folder, teacher=teacher, x_T=x_T, c=condition
+    )
+
+
+def test_the_teacher_is_the_pipeline(given):
+    """Prompts, negative prompts, guidance, its rescaling and the scheduler, all at once."""
+    ours = given.teacher.sample(given.x_T, given.c)
+    wanted = given.family.sample(given.pipeline, given.x_T, given.c, given.family.num_steps)
+    torch.testing.assert_close(ours, wanted, **SAME)
+    # Negative controls: another number of steps, and the conditions of other rows.
+    other = given.family.sample(given.pipeline, given.x_T, given.c, given.family.num_steps + 1)
+    assert not torch.allclose(ours, other, **SAME)
+    if given.c is not None:
+        moved = given.teacher.sample(given.x_T, given.c.roll(1))
+        changed = given.c != given.c.roll(1)
+        assert bool(changed.any())
+        assert not torch.allclose(moved[changed], wanted[changed], **SAME)
+
+
+def test_conditions_are_the_familys(given):
+    denoiser = given.teacher.denoiser
+    assert denoiser.num_classes == given.family.num_conditions
+    assert denoiser.latent_shape == tuple(given.x_T.shape[1:])
+    if denoiser.conditions is not None:
+        assert denoiser.conditions.texts == PROMPTS
+
+
+def stock_step(denoiser, config, prediction, x_t, t, s):
+    """`x_0` and `x_s` by diffusers' DDIM or flow matching; for EDM, Euler's method by hand."""
+    if isinstance(denoiser.schedule, VESchedule):
+        sigma_t, sigma_s = denoiser.schedule.sigma(torch.tensor([t, s]))
+        return prediction, x_t + (sigma_s - sigma_t) * (x_t - prediction) / sigma_t
+    if isinstance(denoiser.schedule, FlowSchedule):
+        solver = FlowMatchEulerDiscreteScheduler()
+        solver.set_timesteps(sigmas=[t / 1000, s / 1000])
+        x_0 = x_t - t / 1000 * prediction
+        return x_0, solver.step(prediction, solver.timesteps[0], x_t).prev_sample
+    solver = DDIMScheduler.from_config(
+        config, clip_sample=False, steps_offset=0, timestep_spacing="leading"
+    )
+    solver.set_timesteps(1000 // round(t - s))
+    done = solver.step(prediction, int(t), x_t)
+    return done.pred_original_sample, done.prev_sample
+
+
+def test_a_transition_is_the_familys_own_step(given):
+    denoiser, t, s = given.teacher.denoiser, 500.0, 400.0
+    rows = torch.full((NUM,), t)
+    with torch.no_grad():
+        prediction = denoiser.predict(given.x_T, rows, given.c)
+        x0_pred = denoiser(given.x_T, rows, given.c)
+    config = given.pipeline.scheduler.config
+    x_0, x_s = stock_step(denoiser, config, prediction, given.x_T, t, s)
+    torch.testing.assert_close(x0_pred, x_0, **SAME)
+    ours = kernel.step(denoiser.schedule, given.x_T, x0_pred, rows, rows + (s - t)).mean
+    torch.testing.assert_close(ours, x_s, **SAME)
+
+
+def test_rows_do_not_mix(given):
+    t = torch.tensor([900.0, 500.0, 300.0, 7.0])
+    with torch.no_grad():
+        together = given.teacher.denoiser(given.x_T, t, given.c)
+        for row in range(NUM):
+            one = slice(row, row + 1)
+            told = None if given.c is None else given.c[one]
+            alone = given.teacher.denoiser(given.x_T[one], t[one], told)
+            torch.testing.assert_close(together[one], alone, **SAME)
+
+
+def test_the_live_pipeline_is_as_good_as_the_folder(given):
+    live = load_teacher(given.pipeline, num_steps=given.family.num_steps, **given.family.options)
+    assert live.fingerprint() == given.teacher.fingerprint()
+    assert live.denoiser.network is not given.teacher.denoiser.network
+
+
+def test_the_description_makes_the_same_denoiser(given):
+    denoiser = given.teacher.denoiser
+    if not can_describe(denoiser, given.teacher.make_solver()):
+        pytest.skip("a network with EDM's preconditioning is copied instead")
+    made = build_from_description(describe(denoiser, given.teacher.make_solver()))
+    made.network.load_state_dict(denoiser.network.state_dict())
+    t = torch.full((NUM,), 500.0)
+    with torch.no_grad():
+        wanted = denoiser.predict(given.x_T, t, given.c)
+        assert torch.equal(made.eval().predict(given.x_T, t, given.c), wanted)
+
+
+def test_an_episode_in_the_environment(given, tmp_path):
+    """Two steps of the deterministic kernel by hand; a perfect answer is rewarded with 0."""
+    bank = TeacherBank.build(given.teacher, NUM, cache_dir=tmp_path)
+    env = ReDiFVectorEnv(
+        NUM, given.teacher, schedule=[800.0, 300.0], bank=bank, render_mode="rgb_array"
+    )
+    observation, _ = env.reset(seed=0, options={"tasks": range(NUM)})
+    torch.testing.assert_close(observation["latents"], bank.x_T)
+    observation, *_ = env.step(observation["latents"].flatten(1))
+    pictures = env.render()
+    _, rewards, terminated, _, _ = env.step(bank.teacher_x_0.flatten(1).clamp(-10, 10))
+    assert terminated.all()
+    outside = bank.teacher_x_0 - bank.teacher_x_0.clamp(-10, 10)
+    torch.testing.assert_close(rewards, -outside.square().flatten(1).mean(1))
+    assert len(pictures) == NUM
+    side = 2 * 8 if given.teacher.codec is not None else 8
+    assert pictures[0].shape[0] % side == 0
+
+
+# What only text-to-image models have.
+
+
+@pytest.fixture(scope="module")
+def text_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text") / "pipeline"
+    made("Stable Diffusion 2").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("REDIF_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def refuse(*args, **kwargs):
+    raise AssertionError("the encoders were loaded")
+
+
+def test_prompts_are_encoded_once(text_folder, own_cache, monkeypatch):
+    first = load_denoiser(text_folder, prompts=PROMPTS)
+    assert len(list(own_cache.glob("conditions-*.safetensors"))) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(redif_env.prompts, "_load_encoders", refuse)
+        again = load_denoiser(text_folder, prompts=PROMPTS)
+        for prompts, negative in ((PROMPTS[:2], None), (PROMPTS, "ugly")):
+            with pytest.raises(AssertionError, match="encoders"):
+                load_denoiser(text_folder, prompts=prompts, negative_prompt=negative)
+    for name, tensor in first.conditions.tensors().items():
+        assert torch.equal(again.conditions.tensors()[name], tensor)
+    # Another text encoder is another key.
+    encoder = made("Stable Diffusion 2").text_encoder
+    weight = next(encoder.parameters()).data
+    changed = shutil.copytree(text_folder, own_cache / "changed")
+    weight += 1
+    encoder.save_pretrained(changed / "text_encoder")
+    weight -= 1
+    other = load_denoiser(changed, prompts=PROMPTS)
+    name = "encoder_hidden_states"
+    assert not torch.equal(other.conditions.tensors()[name], first.conditions.tensors()[name])
+
+
+def test_nothing_damaged_is_left_in_the_cache(text_folder, own_cache, monkeypatch):
+    def full(self, path):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Conditions, "save", full)
+    with pytest.raises(CacheError, match="No space left"):
+        load_denoiser(text_folder, prompts=PROMPTS)
+    assert not list(own_cache.iterdir())
+
+
+def test_half_precision(text_folder, own_cache):
+    """The table and the network are in half; latents, answers and the codec stay in float32."""
+    half = load_teacher(text_folder, num_steps=2, prompts=PROMPTS, dtype=torch.bfloat16)
+    full = load_teacher(text_folder, num_steps=2, prompts=PROMPTS)
+    assert half.denoiser.dtype == torch.bfloat16
+    assert half.denoiser.conditions.tensors()["encoder_hidden_states"].dtype == torch.bfloat16
+    x_T = full.denoiser.initial_noise(3, torch.Generator().manual_seed(0))
+    rows = torch.arange(3)
+    ours, wanted = half.sample(x_T, rows), full.sample(x_T, rows)
+    assert ours.dtype == half.codec.decode(ours).dtype == torch.float32
+    # bfloat16 has eight bits; a wrong cast would be off by the size of the latents.
+    assert float((ours - wanted).std() / wanted.std()) < 0.05
+
+
+def test_a_variant_of_the_files(tmp_path, own_cache):
+    """Half-precision files alone: the network has the dtype that is asked for."""
+    pipeline = FAMILIES["Stable Diffusion 2"].make().to(torch.float16)
+    pipeline.save_pretrained(tmp_path / "pipeline", variant="fp16")
+    options = {"num_steps": 2, "prompts": PROMPTS, "variant": "fp16"}
+    teacher = load_teacher(tmp_path / "pipeline", **options)
+    assert teacher.denoiser.dtype == torch.float32
+    half = load_teacher(tmp_path / "pipeline", dtype=torch.float16, **options)
+    assert half.denoiser.dtype == torch.float16
+    for loaded in (teacher, half):
+        assert next(loaded.codec.parameters()).dtype == torch.float32
+    weights = teacher.denoiser.network.state_dict()
+    for name, weight in pipeline.unet.state_dict().items():
+        assert torch.equal(weights[name], weight.float())
+    with pytest.raises(TeacherFolderError, match="could not be read"):
+        load_teacher(tmp_path / "pipeline", prompts=PROMPTS)
+
+
+def test_a_damaged_table_is_made_again(text_folder, own_cache):
+    first = load_denoiser(text_folder, prompts=PROMPTS)
+    (path,) = own_cache.glob("conditions-*.safetensors")
+    path.write_bytes(path.read_bytes()[:-10])
+    again = load_denoiser(text_folder, prompts=PROMPTS)
+    name = "encoder_hidden_states"
+    assert torch.equal(again.conditions.tensors()[name], first.conditions.tensors()[name])
+    assert len(Conditions.load(path)) == 3
+
+
+def test_latents_of_another_size(text_folder):
+    wide = load_teacher(text_folder, num_steps=2, prompts=PROMPTS, latent_size=(8, 12))
+    assert wide.denoiser.latent_shape == (4, 8, 12)
+    x_T = wide.denoiser.initial_noise(2, torch.Generator().manual_seed(0))
+    x_0 = wide.sample(x_T, torch.tensor([0, 1]))
+    assert wide.codec.decode(x_0).shape == (2, 3, 16, 24)
+
+
+def test_offloaded_teachers_still_answer(text_folder):
+    teacher = load_teacher(text_folder, num_steps=2, prompts=PROMPTS)
+    x_T = teacher.denoiser.initial_noise(2, torch.Generator().manual_seed(0))
+    before = teacher.sample(x_T, torch.tensor([0, 1]))
+    assert teacher.offload() is teacher
+    assert torch.equal(teacher.sample(x_T, torch.tensor([0, 1])), before)
+
+
+def test_conditions_of_others_are_refused(text_folder, own_cache):
+    """Rows beyond the table would be the negative prompt, or an index error on the device."""
+    many = load_teacher(text_folder, num_steps=2, prompts=PROMPTS)
+    few = load_teacher(text_folder, num_steps=2, prompts=PROMPTS[:1])
+    bank = TeacherBank.build(many, 8)
+    assert int(bank.condition.max()) > 0
+    with pytest.raises(InvalidArgumentError, match=r"bank=.*which has 1"):
+        ReDiFVectorEnv(2, few, bank=bank)
+    env = ReDiFVectorEnv(2, many, bank=bank, schedule="uniform", num_steps=2, group_size=2)
+    with pytest.raises(InvalidArgumentError, match=r"student=.*table of 1"):
+        ReDiFPPO("StudentPolicy", env, policy_kwargs={"student": few.denoiser})
+
+
+def test_a_name_of_the_hub_is_only_asked_for_on_request(text_folder, monkeypatch):
+    asked = []
+
+    def download(name, **options):
+        asked.append(name)
+        return str(text_folder)
+
+    monkeypatch.setattr(DiffusionPipeline, "download", download)
+    with pytest.raises(TeacherFolderError, match="local_files_only=False"):
+        load_teacher("someone/model", prompts=PROMPTS)
+    assert asked == []
+    teacher = load_teacher("someone/model", prompts=PROMPTS, local_files_only=False)
+    assert teacher.source == str(text_folder)  # where the rest of the student's pipeline is
+    assert (asked, teacher.denoiser.num_classes) == (["someone/model"], 3)
+
+    def fail(name, **options):
+        raise OSError("no connection")
+
+    monkeypatch.setattr(DiffusionPipeline, "download", fail)
+    with pytest.raises(TeacherFolderError, match="no connection"):
+        load_teacher("someone/model", prompts=PROMPTS, local_files_only=False)
+
+
+def test_the_lines_of_the_documentation_run(text_folder, own_cache):
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        scope: dict = {"__name__": "documentation"}
+        exec(block.replace("path/to/stable-diffusion", str(text_folder)), scope)
+        observation, _ = scope["env"].reset(seed=0)
+        assert observation["latents"].shape[0] == scope["env"].num_envs
+
+
+def without(folder, target, *parts):
+    copy = shutil.copytree(folder, target / "pipeline")
+    for part in parts:
+        shutil.rmtree(copy / part)
+    return copy
+
+
+TABLE = Conditions({"encoder_hidden_states": torch.zeros(2, 5, 16)})
+BAD = {
+    "no prompts": (lambda f, tmp: load_teacher(f), InvalidArgumentError, "prompts"),
+    "guidance on a table without null": (
+        lambda f, tmp: load_teacher(f, conditions=TABLE, guidance_scale=2.0),
+        InvalidArgumentError,
+        "guidance_scale",
+    ),
+    "prompts and a table": (
+        lambda f, tmp: load_teacher(f, prompts=PROMPTS, conditions=TABLE),
+        InvalidArgumentError,
+        "conditions",
+    ),
+    "no encoders": (
+        lambda f, tmp: load_teacher(without(f, tmp, "text_encoder", "tokenizer"), prompts=PROMPTS),
+        TeacherFolderError,
+        "teacher",
+    ),
+    "half the encoders": (
+        lambda f, tmp: load_teacher(without(f, tmp, "tokenizer"), prompts=PROMPTS),
+        TeacherFolderError,
+        "teacher",
+    ),
+    "an unknown autoencoder": (
+        lambda f, tmp: edit_class(without(f, tmp), "vae", "AsymmetricAutoencoderKL"),
+        TeacherFolderError,
+        "teacher",
+    ),
+    "latents of no size": (
+        lambda f, tmp: load_teacher(f, prompts=PROMPTS, latent_size=0),
+        InvalidArgumentError,
+        "latent_size",
+    ),
+    "latents that make no whole tokens": (
+        lambda f, tmp: load_teacher(made("DiT"), latent_size=7),
+        InvalidArgumentError,
+        "latent_size",
+    ),
+    "a table of a wrong width": (
+        lambda f, tmp: load_teacher(
+            f, conditions=Conditions({"encoder_hidden_states": torch.zeros(2, 5, 9)})
+        ),
+        InvalidArgumentError,
+        "conditions",
+    ),
+    "a table of wrong names": (
+        lambda f, tmp: load_teacher(f, conditions=Conditions({"text": torch.zeros(2, 5, 16)})),
+        InvalidArgumentError,
+        "conditions",
+    ),
+    "prompts for a network without": (
+        lambda f, tmp: load_teacher("digits", prompts=PROMPTS),
+        InvalidArgumentError,
+        "prompts",
+    ),
+    "a negative prompt for a network without": (
+        lambda f, tmp: load_teacher("digits", negative_prompt="ugly"),
+        InvalidArgumentError,
+        "prompts",
+    ),
+}
+
+
+def edit_class(folder, part, name):
+    path = folder / part / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "_class_name": name}))
+    return load_teacher(folder, prompts=PROMPTS)
+
+
+@pytest.mark.parametrize("case", BAD.values(), ids=BAD)
+def test_bad_input_meets_a_typed_error(text_folder, tmp_path, case):
+    make, kind, argument = case
+    with pytest.raises(kind) as caught:
+        make(text_folder, tmp_path)
+    assert caught.value.argument == argument
+
+
+def test_without_transformers_the_error_names_the_extra(text_folder, own_cache, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(MissingExtraError, match=r"redif\[transformers\]"):
+        load_teacher(text_folder, prompts=PROMPTS)
