@@ -34,6 +34,8 @@ from redif_env.errors import check_choice, require
 
 PARTS = ("global", "adaptive", "joint")
 FIXED_STEPS = (1, 2, 3, 4, 5, 6, 8)  # of the curve that adaptive schedules are held against
+# Paired MSE that a step must save: between what the last of so many steps saves, and one more.
+STEP_COSTS = {3: 0.0045, 4: 0.0021, 5: 0.001}
 UNIFORM, SEARCHED = "uniform", "searched"
 
 
@@ -47,11 +49,9 @@ class Args:
     """Seeds of training."""
     num_steps: tuple[int, ...] = (3, 4, 6)
     """Numbers of steps of a global schedule."""
-    step_costs: tuple[float, ...] = (0.6, 1.0, 1.6)
-    """Costs of a step of an adaptive schedule, in decibels of PSNR."""
-    max_steps: int = 8
-    """Most steps of an adaptive schedule."""
-    adaptive_iterations: int = 150
+    start_steps: tuple[int, ...] = (3, 4, 5)
+    """Numbers of steps that adaptive schedules start around; they may take two more."""
+    adaptive_iterations: int = 100
     """Iterations of 256 trajectories for an adaptive schedule."""
     joint_steps: tuple[int, ...] = (2,)
     """Numbers of steps of joint training."""
@@ -202,42 +202,76 @@ def run_global(world: World, num_steps: int, seed: int) -> dict[str, Any]:
     }
 
 
-def run_adaptive(world: World, step_cost: float, seed: int) -> dict[str, Any]:
-    """Learn times and number of steps for each sample of a frozen student."""
-    args = world.args
-    grid = fixed(world, args.max_steps)[SEARCHED]["timesteps"]
+def run_adaptive(world: World, start_steps: int, seed: int) -> dict[str, Any]:
+    """Learn times and number of steps for each sample of a frozen student.
+
+    It starts around a searched grid, followed by two halvings of the time, so that a step more and
+    a step less are both worth trying.
+    """
+    grid = fixed(world, start_steps)[SEARCHED]["timesteps"][:-1]
+    grid += [round(grid[-1] / 2), round(grid[-1] / 4), 0.0]
     model = make_agent(
         world,
         grid,
-        {"kind": "beta", "adaptive": True},
+        {"kind": "beta", "adaptive": True, "concentration": 60.0, "stop_prob": 0.3},
         seed,
         num_envs=256,
         group_size=4,
-        reward="psnr",
-        step_cost=step_cost,
+        reward="mse",
+        step_cost=STEP_COSTS[start_steps],
         min_steps=1,
         trained="schedule",
         learning_rate=1e-3,
-        schedule_lr_scale=5.0,
+        schedule_lr_scale=10.0,
+        advantage_clip=3.0,
         n_epochs=5,
     )
-    model.learn(args.adaptive_iterations * 256 * args.max_steps)
+    max_steps = len(grid) - 1
+    model.learn(world.args.adaptive_iterations * 256 * max_steps)
     x_0, num_steps = model.policy.sample(world.test.x_T, world.test.condition)
-    shares = num_steps.bincount(minlength=args.max_steps + 1).double() / len(num_steps)
+    shares = num_steps.bincount(minlength=max_steps + 1).double() / len(num_steps)
     classes = world.test.condition
     return {
         "part": "adaptive",
         "method": "adaptive",
-        "step_cost": step_cost,
-        "num_steps": args.max_steps,
+        "start_steps": start_steps,
+        "num_steps": max_steps,
         "seed": seed,
         "nfe": float(num_steps.double().mean()),
         "shares": shares.tolist(),
         "nfe_by_class": [float(num_steps[classes == c].double().mean()) for c in range(10)],
         "random_lengths": random_lengths(world, shares, seed),
         "interpolated": interpolated(world, float(num_steps.double().mean())),
+        "oracle": oracle(world, STEP_COSTS[start_steps]),
         **world.figures(x_0),
     }
+
+
+def oracle(world: World, step_cost: float) -> dict[str, Any]:
+    """What one could gain who knew the error of each test sample on each searched grid.
+
+    Returns:
+        Mean steps and paired MSE if each sample takes the number of steps that is best for it, and
+        what the grids themselves have at this mean; the same with one number for each class.
+    """
+    grids = {k: torch.tensor(fixed(world, k)[SEARCHED]["timesteps"]) for k in FIXED_STEPS}
+    answers = world.test.teacher_x_0
+    errors = torch.stack(
+        [(world.ddim(grid) - answers).square().flatten(1).mean(1) for grid in grids.values()]
+    )
+    steps = torch.tensor(list(grids), dtype=torch.float32)
+    classes = torch.nn.functional.one_hot(world.test.condition).float()
+    by_class = errors @ classes / classes.sum(0) @ classes.T
+    found = {}
+    for name, known in (("sample", errors), ("class", by_class)):
+        best = (known + step_cost * steps[:, None]).argmin(0)
+        nfe = float(steps[best].mean())
+        found[name] = {
+            "nfe": nfe,
+            "paired_mse": float(errors.gather(0, best[None]).mean()),
+            "grids": interpolated(world, nfe)["paired_mse"],
+        }
+    return found
 
 
 def random_lengths(world: World, shares: Tensor, seed: int) -> dict[str, Any]:
@@ -302,9 +336,9 @@ def plan(args: Args) -> list[tuple[dict[str, Any], Any]]:
                 key = {"part": "global", "num_steps": steps, "seed": seed}
                 runs.append((key, functools.partial(run_global, num_steps=steps, seed=seed)))
         if "adaptive" in args.parts:
-            for cost in args.step_costs:
-                key = {"part": "adaptive", "step_cost": cost, "seed": seed}
-                runs.append((key, functools.partial(run_adaptive, step_cost=cost, seed=seed)))
+            for steps in args.start_steps:
+                key = {"part": "adaptive", "start_steps": steps, "seed": seed}
+                runs.append((key, functools.partial(run_adaptive, start_steps=steps, seed=seed)))
         if "joint" in args.parts:
             for steps in args.joint_steps:
                 for start in (UNIFORM, SEARCHED):
@@ -326,18 +360,21 @@ def table(rows: list[dict[str, Any]]) -> str:
         for method in (UNIFORM, SEARCHED):
             lines.append(f"| {steps} | {method} | | {_cells([fixed_rows[steps, method]])} |")
         lines.append(f"| {steps} | learned | {len(own)} | {_cells(own)} |")
-    lines += [
-        "",
-        "| step cost | lengths | seeds | NFE | paired MSE | PSNR, dB | Frechet distance |",
-    ]
+    lines += ["", "| start | lengths | seeds | NFE | paired MSE | PSNR, dB | Frechet distance |"]
     lines.append("|" + "---|" * 7)
-    for cost in sorted({r["step_cost"] for r in rows if r["part"] == "adaptive"}):
-        own = [r for r in rows if r["part"] == "adaptive" and r["step_cost"] == cost]
+    for start in sorted({r["start_steps"] for r in rows if r["part"] == "adaptive"}):
+        own = [r for r in rows if r["part"] == "adaptive" and r["start_steps"] == start]
         nfe = _spread([r["nfe"] for r in own], ".2f")
         for name in ("interpolated", "random_lengths"):
             cells = _cells([r[name] for r in own])
-            lines.append(f"| {cost:g} | {name.replace('_', ' ')} | {len(own)} | {nfe} | {cells} |")
-        lines.append(f"| {cost:g} | adaptive | {len(own)} | {nfe} | {_cells(own)} |")
+            lines.append(f"| {start} | {name.replace('_', ' ')} | {len(own)} | {nfe} | {cells} |")
+        lines.append(f"| {start} | adaptive | {len(own)} | {nfe} | {_cells(own)} |")
+        for known, bound in own[0]["oracle"].items():
+            saved = 100 * (1 - bound["paired_mse"] / bound["grids"])
+            lines.append(
+                f"| {start} | oracle of the {known} | | {bound['nfe']:.2f} | "
+                f"{bound['paired_mse']:.5f}, {saved:.0f} % below the grids | | |"
+            )
     lines += ["", "| steps | start | trained | seeds | paired MSE | PSNR, dB | Frechet distance |"]
     lines.append("|" + "---|" * 7)
     joint = [r for r in rows if r["part"] == "joint"]
@@ -364,19 +401,20 @@ def _spread(values: list[float], form: str) -> str:
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Quality against the mean number of steps, and who got how many."""
     adaptive = [r for r in rows if r["part"] == "adaptive"]
-    curve = sorted((r["num_steps"], r["psnr"]) for r in rows if r.get("method") == SEARCHED)
+    curve = sorted((r["num_steps"], r["paired_mse"]) for r in rows if r.get("method") == SEARCHED)
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     left.plot(*zip(*curve, strict=True), "o-", label="searched grids")
-    left.plot([r["nfe"] for r in adaptive], [r["psnr"] for r in adaptive], "s", label="adaptive")
-    dealt = [r["random_lengths"]["psnr"] for r in adaptive]
+    error = [r["paired_mse"] for r in adaptive]
+    left.plot([r["nfe"] for r in adaptive], error, "s", label="adaptive")
+    dealt = [r["random_lengths"]["paired_mse"] for r in adaptive]
     left.plot([r["nfe"] for r in adaptive], dealt, "x", label="the same lengths at random")
-    left.set(xlabel="mean network evaluations", ylabel="PSNR to the teacher, dB")
+    left.set(xlabel="mean network evaluations", ylabel="paired MSE", yscale="log")
     left.legend()
-    for cost in sorted({r["step_cost"] for r in adaptive}):
-        own = [r for r in adaptive if r["step_cost"] == cost]
+    for start in sorted({r["start_steps"] for r in adaptive}):
+        own = [r for r in adaptive if r["start_steps"] == start]
         shares = np.mean([r["shares"] for r in own], 0)
-        middle.plot(range(len(shares)), 100 * shares, "o-", label=f"{cost:g} dB a step")
+        middle.plot(range(len(shares)), 100 * shares, "o-", label=f"started around {start}")
         right.plot(range(10), np.mean([r["nfe_by_class"] for r in own], 0), "o-")
     middle.set(xlabel="steps", ylabel="% of samples")
     middle.legend()
