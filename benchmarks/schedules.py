@@ -52,11 +52,13 @@ class Args:
     start_steps: tuple[int, ...] = (3, 4, 5)
     """Numbers of steps that adaptive schedules start around; they may take two more."""
     adaptive_iterations: int = 100
-    """Iterations of 256 trajectories for an adaptive schedule."""
+    """Iterations for an adaptive schedule."""
     joint_steps: tuple[int, ...] = (2,)
     """Numbers of steps of joint training."""
     joint_iterations: int = 25
-    """Iterations of 512 trajectories for joint training."""
+    """Iterations of joint training, of twice `num_envs` trajectories."""
+    num_envs: int = 256
+    """Trajectories of an iteration."""
     bank_size: int = 4096
     """Training tasks."""
     num_held_out: int = 1000
@@ -173,8 +175,8 @@ def make_agent(
 def run_global(world: World, num_steps: int, seed: int) -> dict[str, Any]:
     """Learn the times of a frozen student, with no more evaluations than the search took."""
     known = fixed(world, num_steps)
-    num_envs = 256
-    iterations = known[SEARCHED]["network_evaluations"] // (num_envs * num_steps)
+    num_envs = world.args.num_envs
+    iterations = max(1, known[SEARCHED]["network_evaluations"] // (num_envs * num_steps))
     model = make_agent(
         world,
         known[UNIFORM]["timesteps"],
@@ -208,6 +210,7 @@ def run_adaptive(world: World, start_steps: int, seed: int) -> dict[str, Any]:
     It starts around a searched grid, followed by two halvings of the time, so that a step more and
     a step less are both worth trying.
     """
+    args = world.args
     grid = fixed(world, start_steps)[SEARCHED]["timesteps"][:-1]
     grid += [round(grid[-1] / 2), round(grid[-1] / 4), 0.0]
     model = make_agent(
@@ -215,7 +218,7 @@ def run_adaptive(world: World, start_steps: int, seed: int) -> dict[str, Any]:
         grid,
         {"kind": "beta", "adaptive": True, "concentration": 60.0, "stop_prob": 0.3},
         seed,
-        num_envs=256,
+        num_envs=args.num_envs,
         group_size=4,
         reward="mse",
         step_cost=STEP_COSTS[start_steps],
@@ -227,7 +230,7 @@ def run_adaptive(world: World, start_steps: int, seed: int) -> dict[str, Any]:
         n_epochs=5,
     )
     max_steps = len(grid) - 1
-    model.learn(world.args.adaptive_iterations * 256 * max_steps)
+    model.learn(args.adaptive_iterations * args.num_envs * max_steps)
     x_0, num_steps = model.policy.sample(world.test.x_T, world.test.condition)
     shares = num_steps.bincount(minlength=max_steps + 1).double() / len(num_steps)
     classes = world.test.condition
@@ -297,13 +300,14 @@ def interpolated(world: World, nfe: float) -> dict[str, float]:
 
 def run_joint(world: World, num_steps: int, start: str, trained: str, seed: int) -> dict[str, Any]:
     """Train the student, and its times with it or not, from a grid."""
+    args = world.args
     grid = fixed(world, num_steps)[start]["timesteps"]
     model = make_agent(
         world,
         grid,
         {"kind": "beta"},
         seed,
-        num_envs=512,
+        num_envs=2 * args.num_envs,
         group_size=2,
         reward="mse",
         step_cost=0.0,
@@ -311,7 +315,7 @@ def run_joint(world: World, num_steps: int, start: str, trained: str, seed: int)
         trained=trained,
         learning_rate=2e-4,
     )
-    model.learn(world.args.joint_iterations * 512 * num_steps)
+    model.learn(args.joint_iterations * 2 * args.num_envs * num_steps)
     x_0, _ = model.policy.sample(world.test.x_T, world.test.condition)
     return {
         "part": "joint",
@@ -320,7 +324,7 @@ def run_joint(world: World, num_steps: int, start: str, trained: str, seed: int)
         "num_steps": num_steps,
         "seed": seed,
         "timesteps": model.policy.schedule_head.grid().tolist(),
-        "trajectories": world.args.joint_iterations * 512,
+        "trajectories": args.joint_iterations * 2 * args.num_envs,
         **world.figures(x_0),
     }
 

@@ -412,7 +412,7 @@ CASES = {
     "an unknown credit": (ppo(credit="blame"), BAD, "credit", "'blame'"),
     "local credit of one ratio": (ppo(ratio="sum", credit="local"), BAD, "ratio", "'sum'"),
     "groups of one": (ppo({"group_size": 1}), BAD, "group_size", "1"),
-    "a student of a free schedule": (ppo({"schedule": "free"}), BAD, "schedule", "'free'"),
+    "times of a fixed schedule": (ppo(trained="schedule"), BAD, "trained", "'schedule'"),
     "an adapter of nothing": (lambda g: TorchVecEnv(3), BAD, "env", "3"),
     "a student where something is": (existing, BAD, "folder", "file"),
     "a run of no steps": (lambda g: distill(num_steps=0), BAD, "num_steps", "0"),
