@@ -236,6 +236,10 @@ def distill(
             "teacher": smaller.count_parameters(teacher.denoiser.network),
             "student": smaller.count_parameters(distilled.network),
         },
+        "flops": {  # of one prediction
+            "teacher": smaller.count_flops(teacher.denoiser),
+            "student": smaller.count_flops(distilled),
+        },
         "timesteps": [float(t) for t in timesteps[:-1]],
         "seed": seed,
         "trajectories": iterations * num_envs,
@@ -353,8 +357,8 @@ def _ledger(teacher: Teacher, model: ReDiFPPO, banks: _Banks, searched: int) -> 
     """Network-forward equivalents by purpose: 1 a row sent forward, 3 forward and back.
 
     Counts, whatever the size of the network: a smaller student's rollout, update and warm-up are
-    cheaper than the teacher's answers, see the report's `parameters`. Of the reward: forward passes
-    of its own networks.
+    cheaper than the teacher's answers, see the report's `flops`. Of the reward: forward passes of
+    its own networks, whatever their size.
 
     The teacher's answers count in full, also when they came from the cache.
     """

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from redif_env import transition
 from redif_env.denoiser import Denoiser
@@ -69,7 +70,7 @@ def describe_smaller(teacher: Teacher, student: float | Mapping[str, Any]) -> di
     return description
 
 
-def narrower(network: nn.Module, fraction: float) -> dict[str, Any]:
+def narrower(network: Any, fraction: float) -> dict[str, Any]:
     """Settings of the narrower network whose number of parameters is nearest to a share of all.
 
     Of the G groups that normalisation divides each layer's channels into, the first g are kept: the
@@ -117,6 +118,15 @@ def make_smaller(teacher: Teacher, description: Mapping[str, Any]) -> Denoiser:
 def count_parameters(network: nn.Module) -> int:
     """Number of weights of a network."""
     return sum(weight.numel() for weight in network.parameters())
+
+
+def count_flops(denoiser: Denoiser) -> int:
+    """Floating-point operations of one prediction of one row, guidance included."""
+    before = denoiser.network_evaluations
+    with FlopCounterMode(display=False) as counter:
+        _predict_one(denoiser)
+    denoiser.network_evaluations = before  # counting is no cost
+    return int(counter.get_total_flops())
 
 
 @torch.no_grad()
@@ -243,16 +253,20 @@ def _check_changes(network: Mapping[str, Any], changes: Mapping[str, Any]) -> No
 def _check_works(description: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
     """Some impossible settings are met by diffusers at construction, others in use."""
     try:
-        student = build_from_description(description).eval()
-        x_t = torch.zeros(1, *student.latent_shape)
-        conditional = student.num_classes is not None
-        condition = torch.zeros(1, dtype=torch.int64) if conditional else None
-        with torch.no_grad():
-            student(x_t, torch.ones(1), condition)
+        _predict_one(build_from_description(description).eval())
     except Exception as error:  # diffusers and torch raise many kinds
         raise InvalidArgumentError(
             "student", dict(changes), f"no network can be made with that ({error})."
         ) from error
+
+
+@torch.no_grad()
+def _predict_one(denoiser: Denoiser) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x_t = denoiser.initial_noise(1, generator).to(denoiser.device)
+    condition = denoiser.initial_condition(1, generator)
+    condition = None if condition is None else condition.to(denoiser.device)
+    denoiser(x_t, torch.ones(1, device=denoiser.device), condition)
 
 
 def _counterpart(name: str, source: nn.Module, target: nn.Module) -> str:

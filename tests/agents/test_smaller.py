@@ -12,6 +12,7 @@ from diffusers import DDIMScheduler, UNet2DModel
 from agents import ReDiFPPO, distill, distillation, smaller
 from agents.smaller import copy_weights, describe_smaller, make_smaller, narrower
 from redif_env import schedules
+from redif_env.denoiser import Denoiser
 from redif_env.errors import InvalidArgumentError
 from redif_env.loading import build_denoiser, describe, load_denoiser, load_teacher
 from redif_env.teacher import Teacher, TeacherBank
@@ -275,6 +276,7 @@ def run(tmp_path_factory, few):
 def test_a_run_reports_sizes_costs_and_what_the_warm_up_reached(run):
     report = run[0].report
     assert report["parameters"] == {"teacher": 524_633, "student": 132_557}
+    assert report["flops"] == {"teacher": 25_542_656, "student": 6_404_096}
     ledger = report["ledger"]
     assert ledger["warm_up"] == 3 * 4 * ROWS
     assert ledger["teacher"] == 64 * 5
@@ -369,3 +371,16 @@ def test_a_student_of_another_kind_of_model_is_refused(teacher, make_env):
         make(DDIMScheduler(1000, prediction_type="v_prediction"))
     config = {**dict(teacher.make_solver().config), "prediction_type": "sample"}
     assert make(DDIMScheduler.from_config(config)).policy.denoiser.prediction_type == "sample"
+
+
+def test_operations_are_counted_by_hand_on_one_convolution():
+    """3 x 3, 2 channels in, 5 out, 4 x 4 places: 2 * 9 * 2 * 5 * 16; no evaluation is booked."""
+
+    class Convolution(torch.nn.Conv2d):
+        def forward(self, x_t, t):
+            return super().forward(x_t)[:, :2]
+
+    schedule = load_denoiser("digits").schedule
+    denoiser = Denoiser(Convolution(2, 5, 3, padding=1), schedule, "sample", (2, 4, 4))
+    assert smaller.count_flops(denoiser) == 2 * 9 * 2 * 5 * 16
+    assert denoiser.network_evaluations == 0
