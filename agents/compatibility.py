@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from redif_env.errors import InvalidArgumentError
 from redif_env.schedule_env import ReDiFScheduleVectorEnv
 
@@ -68,6 +70,27 @@ def check_process(base: Any) -> None:
             "action_type",
             base.process.action_type,
             "StudentPolicy acts in next latents: pass 'latent' and residual=False.",
+        )
+
+
+def check_student(student: Any, teacher: Any) -> None:
+    """A student of another size or prediction type will do, but not of another kind of model."""
+    if student.num_classes != teacher.num_classes:
+        raise InvalidArgumentError(
+            "student",
+            f"{student.num_classes} classes",
+            f"pass a student of the teacher's classes, {teacher.num_classes}.",
+        )
+    last = min(student.schedule.max_timestep, teacher.schedule.max_timestep)
+    t = teacher.schedule.snap(torch.linspace(1, last, 10))
+    ours, theirs = student.schedule, teacher.schedule
+    same = torch.allclose(ours.alpha(t).cpu(), theirs.alpha(t).cpu())
+    same = same and torch.allclose(ours.sigma(t).cpu(), theirs.sigma(t).cpu())
+    if not same or student.schedule.max_timestep != teacher.schedule.max_timestep:
+        raise InvalidArgumentError(
+            "student",
+            type(student.schedule).__name__,
+            "its alpha and sigma are not the teacher's: pass one of the same noise schedule.",
         )
 
 

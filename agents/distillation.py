@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from redif_env.rewards import Reward, make_reward
 from redif_env.teacher import Teacher, TeacherBank
 from redif_env.vector_env import FREE, ReDiFVectorEnv
 
-from . import presets
+from . import presets, smaller
 from .callbacks import HeldOutEvaluation, ProgressBar
 from .evaluation import JUDGE_FOLDER, Judge, compare
 from .export import export_student
@@ -73,6 +73,8 @@ def distill(
     teacher: str | Path | Teacher = "digits",
     num_steps: int = 4,
     *,
+    student: float | Mapping[str, Any] | None = None,
+    warm_up: int | None = None,
     schedule: str | Sequence[float] = SEARCH,
     reward: str | Reward = "mse",
     iterations: int = 150,
@@ -105,6 +107,11 @@ def distill(
     Args:
         teacher: Bundled name, diffusers folder, or `Teacher`.
         num_steps: Steps, and network evaluations, of the student.
+        student: For a smaller one: its share of the teacher's parameters, such as 0.25, or settings
+            of its network in place of the teacher's, such as `{"layers_per_block": 1}`. It starts
+            from the teacher's corresponding weights, see `smaller.copy_weights`. None: all of it.
+        warm_up: Iterations of regression on the teacher's answers before reinforcement
+            learning, see `smaller.warm_up`; default: 1000 for a smaller student, else none.
         schedule: `"search"` for the best grid of plain DDIM, `"learned"` for times that start
             there and are trained with the student, a grid name, or a list of times.
         reward: A `Reward` or the name of one. One with a map gets local credit.
@@ -142,10 +149,14 @@ def distill(
     iterations = check_integer("iterations", iterations, 1)
     num_held_out = check_integer("num_held_out", num_held_out, 100)
     num_steps = check_integer("num_steps", num_steps, 1)
+    if warm_up is None:
+        warm_up = 0 if student is None else smaller.WARM_UP
+    warm_up = check_integer("warm_up", warm_up, 0)
     recipe = presets.preset(preset)
     folder = _check_out(out)
     reward = make_reward(reward)
     teacher = _as_teacher(teacher, device)
+    description = None if student is None else smaller.describe_smaller(teacher, student)
     noise = teacher.denoiser.schedule
     uniform = schedules.uniform(noise, num_steps)
     learned = schedule == LEARNED
@@ -168,9 +179,14 @@ def distill(
         ema_decay=ema_decay,
         credit=None if reward.has_map else "global",
         seed=seed,
-        policy_kwargs=_given(recipe["policy"], lora_rank=lora_rank, lora_targets=lora_targets),
+        policy_kwargs=_given(
+            recipe["policy"],
+            student=description,
+            lora_rank=lora_rank,
+            lora_targets=lora_targets,
+        ),
     )
-    used = {**agent_options, "group_size": env_options["group_size"]}
+    used = {**agent_options, "group_size": env_options["group_size"], "warm_up": warm_up}
     rate = check_number("learning_rate", agent_options["learning_rate"])
     agent_options["learning_rate"] = LinearSchedule(rate, 0.0 if recipe["decay"] else rate, 1.0)
     check_integer("eval_every", eval_every, 1)
@@ -186,28 +202,47 @@ def distill(
     )
     if folder is not None:
         _start_folder(folder, {**arguments, **used}, timesteps)
+    training_started = time.monotonic()
+    policy: Any = model.policy
+    start = teacher.denoiser
+    if description is not None:
+        start = smaller.make_smaller(teacher, description)
+    if warm_up:
+        start = smaller.warm_up(start, banks.train, timesteps, iterations=warm_up, seed=seed)
+    warm_up_rows = start.network_evaluations if warm_up else 0
+    policy.load_student(start.network.state_dict())
     model.set_logger(configure(str(folder) if folder else None, ["tensorboard"] if folder else []))
     held_out = HeldOutEvaluation(banks.validation, eval_every)
     callbacks: list[BaseCallback] = [held_out]
     callbacks += [ProgressBar(iterations)] if progress else []
     callbacks += [callback] if callback else []
-    training_started = time.monotonic()
     model.learn(iterations * num_envs * num_steps, callback=callbacks)
 
-    student = model.student()
+    distilled = model.student()
     if learned:
-        timesteps = model.policy.schedule_head.grid()  # type: ignore[operator, union-attr]
-    rivals = {
-        "student": (student, timesteps),
+        timesteps = policy.schedule_head.grid()
+    rivals: dict[str, tuple[Denoiser, Tensor]] = {
+        "student": (distilled, timesteps),
         "ddim": (teacher.denoiser, uniform),
         "ddim_searched": (teacher.denoiser, searched),
     }
+    if warm_up:
+        rivals["warm_up"] = (start, policy.timesteps)  # where learned times start, too
     samples = {name: _sample(*rival, banks.test) for name, rival in rivals.items()}
     ledger = _ledger(teacher, model, banks, search_evaluations if given is None else 0)
+    ledger["warm_up"] = 3 * warm_up_rows
     ledger["reward"] = iterations * num_envs * reward.nfe
     report = {
         "num_steps": num_steps,
-        "nfe": num_steps * student.nfe,
+        "nfe": num_steps * distilled.nfe,
+        "parameters": {
+            "teacher": smaller.count_parameters(teacher.denoiser.network),
+            "student": smaller.count_parameters(distilled.network),
+        },
+        "flops": {  # of one prediction
+            "teacher": smaller.count_flops(teacher.denoiser),
+            "student": smaller.count_flops(distilled),
+        },
         "timesteps": [float(t) for t in timesteps[:-1]],
         "seed": seed,
         "trajectories": iterations * num_envs,
@@ -221,8 +256,8 @@ def distill(
         "hardware": f"{platform.machine()}, {teacher.device}, {torch.get_num_threads()} threads",
     }
     if folder is not None:
-        _finish_folder(folder, report, student, timesteps, teacher, banks.test, samples)
-    return Distillation(student, timesteps, report, model)
+        _finish_folder(folder, report, distilled, timesteps, teacher, banks.test, samples)
+    return Distillation(distilled, timesteps, report, model)
 
 
 def find_judge(teacher: Teacher) -> Judge | None:
@@ -332,7 +367,9 @@ def _judge(
 def _ledger(teacher: Teacher, model: ReDiFPPO, banks: _Banks, searched: int) -> dict[str, int]:
     """Network-forward equivalents by purpose: 1 a row sent forward, 3 forward and back.
 
-    Of the reward: forward passes of its own networks, whatever their size.
+    Counts, whatever the size of the network: a smaller student's rollout, update and warm-up are
+    cheaper than the teacher's answers, see the report's `flops`. Of the reward: forward passes of
+    its own networks, whatever their size.
 
     The teacher's answers count in full, also when they came from the cache.
     """

@@ -327,6 +327,7 @@ class ReDiFPPO(PPO):
         if self.env is not None:
             self._configure()
         super()._setup_model()
+        self._check_student()
         self._load_teacher_weights()
 
     def set_env(self, env: Any, force_reset: bool = True) -> None:
@@ -408,6 +409,11 @@ class ReDiFPPO(PPO):
         compatibility.check_timesteps(
             self.policy_kwargs.get("timesteps", []), defaults.get("timesteps"), free
         )
+
+    def _check_student(self) -> None:
+        base = self.env.env.unwrapped if isinstance(self.env, TorchVecEnv) else None
+        if isinstance(base, ReDiFVectorEnv) and isinstance(self.policy, StudentPolicy):
+            compatibility.check_student(self.policy.denoiser, base.teacher.denoiser)
 
     def _load_teacher_weights(self) -> None:
         if self._copies_teacher:

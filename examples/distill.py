@@ -22,6 +22,10 @@ class Args:
     """Bundled teacher, or a diffusers folder with unet/ and scheduler/."""
     num_steps: int = 4
     """Steps of the student."""
+    student: float | None = None
+    """Share of the teacher's parameters, such as 0.25, of a smaller student."""
+    warm_up: int | None = None
+    """Iterations of regression on the teacher's answers first; default: 1000 if smaller, else 0."""
     schedule: str = "search"
     """search (best grid of plain DDIM), uniform, karras, or times such as 850,533,289,120."""
     reward: str = "mse"
@@ -85,12 +89,14 @@ def table(report: dict[str, Any]) -> str:
     steps = report["num_steps"]
     labels = {
         "student": f"student, {steps} steps",
+        "warm_up": f"student, {steps} steps, warm-up alone",
         "ddim_searched": f"DDIM, {steps} steps, searched grid",
         "ddim": f"DDIM, {steps} steps, uniform grid",
         "teacher_floor": "teacher itself (floor)",
     }
     lines = [f"\n{'on held-out noise':34}{'paired MSE':>12}{'Frechet':>10}{'right label':>13}"]
-    for key, label in labels.items():
+    for key in (key for key in labels if key in report["held_out"]):
+        label = labels[key]
         figures = report["held_out"][key]
         mse, frechet, agreement = (
             figures[name] for name in ("paired_mse", "frechet", "label_agreement")
@@ -99,9 +105,10 @@ def table(report: dict[str, Any]) -> str:
             f"{label:34}{_format(mse, '.5f'):>12}{_format(frechet, '.3f'):>10}"
             f"{_format(agreement, '.2%'):>13}"
         )
-    total = report["network_evaluations"]
+    total, size = report["network_evaluations"], report["parameters"]
+    lines.append(f"\n{size['student']:,} parameters; the teacher has {size['teacher']:,}")
     lines.append(
-        f"\n{report['trajectories']:,} trajectories, {total:,} network-forward equivalents, "
+        f"{report['trajectories']:,} trajectories, {total:,} network-forward equivalents, "
         f"{report['seconds']:.0f} seconds ({report['hardware']})"
     )
     return "\n".join(lines)
