@@ -222,15 +222,15 @@ def test_a_step_of_weight_zero_is_not_trained():
 
 def change_means(model, change):
     """Let the agent see other means of its own Gaussians."""
-    get_distribution = model.policy.get_distribution
+    step_distribution = model.policy.step_distribution
 
-    def changed(observations):
-        distribution = get_distribution(observations)
+    def changed(observations, actions):
+        distribution = step_distribution(observations, actions)
         mean, std = distribution.gaussian
         distribution.gaussian = Gaussian(change(mean), std)
         return distribution
 
-    model.policy.get_distribution = changed
+    model.policy.step_distribution = changed
 
 
 def test_a_detached_mean_has_no_gradient():
