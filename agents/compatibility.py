@@ -22,6 +22,7 @@ STOCK = (
     ("divergence", None),
     ("gap_fraction", None),
     ("step_weights", None),
+    ("micro_batch_size", None),
     ("stochastic_steps", "all"),
     ("antithetic", False),
 )

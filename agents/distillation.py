@@ -93,6 +93,8 @@ def distill(
     ema_decay: float | None = None,
     lora_rank: int | None = None,
     lora_targets: Sequence[str] | None = None,
+    micro_batch_size: int | None = None,
+    gradient_checkpointing: bool | None = None,
     bank_size: int = 6144,
     num_held_out: int = 1000,
     eval_every: int = 10,
@@ -132,6 +134,10 @@ def distill(
         ema_decay: Of the student's moving average, an iteration.
         lora_rank, lora_targets: Train adapters of this rank on these layers, in place of all
             weights, see `lora.add_adapters`; the student and its folder are ordinary all the same.
+        micro_batch_size: Rows that are in the student's network at once, see `ReDiFPPO`; the
+            teacher has `load_teacher(batch_size=...)`.
+        gradient_checkpointing: Whether to compute activations again in place of keeping them, see
+            `StudentPolicy`.
         bank_size: Training tasks whose answers the teacher is asked for.
         num_held_out: Test tasks that the report is measured on.
         eval_every: Iterations between two evaluations on validation tasks.
@@ -177,6 +183,7 @@ def distill(
         min_std=min_std,
         gap_fraction=gap_fraction,
         ema_decay=ema_decay,
+        micro_batch_size=micro_batch_size,
         credit=None if reward.has_map else "global",
         seed=seed,
         policy_kwargs=_given(
@@ -184,6 +191,7 @@ def distill(
             student=description,
             lora_rank=lora_rank,
             lora_targets=lora_targets,
+            gradient_checkpointing=gradient_checkpointing,
         ),
     )
     used = {**agent_options, "group_size": env_options["group_size"], "warm_up": warm_up}
@@ -367,6 +375,8 @@ def _judge(
 def _ledger(teacher: Teacher, model: ReDiFPPO, banks: _Banks, searched: int) -> dict[str, int]:
     """Network-forward equivalents by purpose: 1 a row sent forward, 3 forward and back.
 
+    With gradient checkpointing 4: a row is sent forward twice.
+
     Counts, whatever the size of the network: a smaller student's rollout, update and warm-up are
     cheaper than the teacher's answers, see the report's `flops`. Of the reward: forward passes of
     its own networks, whatever their size.
@@ -380,7 +390,7 @@ def _ledger(teacher: Teacher, model: ReDiFPPO, banks: _Banks, searched: int) -> 
         "teacher": asked * teacher.num_steps * teacher.denoiser.nfe,
         "search": searched,
         "rollout": policy.denoiser.network_evaluations - trained,
-        "update": 3 * trained,
+        "update": (4 if policy.settings["gradient_checkpointing"] else 3) * trained,
     }
 
 

@@ -29,6 +29,7 @@ from .distributions import JointDistribution, KernelDistribution, StepScale, joi
 from .lora import copy_trained, load_base, make_trainable
 from .sampling import sample
 
+CHECKPOINTING = "enable_gradient_checkpointing"
 StudentSource = str | Path | Mapping[str, Any] | Denoiser | Callable[[], Denoiser]
 
 
@@ -83,6 +84,10 @@ class StudentPolicy(ActorCriticPolicy):
         lora_rank: Rank of adapters that are trained in place of the weights, which the student, its
             average and the reference then share; None trains all weights. See `lora`.
         lora_targets: Names of the layers with adapters; default: see `lora.DEFAULT_TARGETS`.
+        gradient_checkpointing: Whether to keep only the inputs of the network's blocks for the
+            backward pass, and compute the rest again: a fraction of the memory for activations, for
+            about a third more computation. For diffusers' networks, and others that have its
+            `enable_gradient_checkpointing`.
         critic: Whether to build a value network.
         critic_map: Whether it predicts a map of values, for local credit.
         critic_width: Hidden units of the value network; a sixteenth as many channels in a map's.
@@ -120,6 +125,7 @@ class StudentPolicy(ActorCriticPolicy):
         reference: bool = False,
         lora_rank: int | None = None,
         lora_targets: Sequence[str] | None = None,
+        gradient_checkpointing: bool = False,
         critic: bool = False,
         critic_map: bool = False,
         critic_width: int = 256,
@@ -146,6 +152,7 @@ class StudentPolicy(ActorCriticPolicy):
             "reference": reference,
             "lora_rank": lora_rank,
             "lora_targets": lora_targets,
+            "gradient_checkpointing": gradient_checkpointing,
             "critic": critic,
             "critic_map": critic_map,
             "critic_width": critic_width,
@@ -171,6 +178,8 @@ class StudentPolicy(ActorCriticPolicy):
         base = make_student(settings["student"]).eval()
         self.denoiser = make_trainable(base, settings["lora_rank"], settings["lora_targets"])
         self.ema_denoiser = copy_trained(self.denoiser).requires_grad_(False)
+        if settings["gradient_checkpointing"]:
+            enable_gradient_checkpointing(self.denoiser.network)
         self.reference_denoiser = (
             copy_trained(base).requires_grad_(False) if settings["reference"] else None
         )
@@ -332,6 +341,12 @@ class StudentPolicy(ActorCriticPolicy):
             if denoiser is not None:
                 load_base(denoiser.network, state)
 
+    def set_batch_size(self, batch_size: int | None) -> None:
+        """Send at most so many rows through a network at once, see `Denoiser`; None: all."""
+        for denoiser in (self.denoiser, self.ema_denoiser, self.reference_denoiser):
+            if denoiser is not None:
+                denoiser.batch_size = batch_size
+
     def values(self, obs: Mapping[str, Tensor]) -> Tensor:
         """The critic's values, float32 `(N,)`, or maps of them `(N, A)`; zeros without one."""
         if self.value_critic is None:
@@ -377,6 +392,28 @@ def make_student(source: StudentSource) -> Denoiser:
             "pass a folder, a description, a Denoiser, or a function returning one.",
         )
     return made
+
+
+def enable_gradient_checkpointing(network: nn.Module) -> None:
+    """Let a network compute its activations again in the backward pass, in place of keeping them.
+
+    diffusers' networks do so whenever gradients are enabled, in evaluation mode too.
+
+    Raises:
+        InvalidArgumentError: for a network without it.
+    """
+    # The first may be within an adapter of ours, such as EDMNetwork.
+    able = (module for module in network.modules() if hasattr(module, CHECKPOINTING))
+    found = next(able, None)
+    try:
+        getattr(found, CHECKPOINTING)()
+    except (AttributeError, ValueError) as error:  # as diffusers raises it
+        raise InvalidArgumentError(
+            "gradient_checkpointing",
+            True,
+            f"{type(found or network).__name__} has none: pass False, and a smaller "
+            "micro_batch_size.",
+        ) from error
 
 
 def _condition(obs: Mapping[str, Tensor]) -> Tensor | None:

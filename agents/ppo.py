@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from gymnasium import spaces
@@ -16,7 +16,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from redif_env import schedules, transition
+from redif_env import schedules
 from redif_env.env import ReDiFEnv
 from redif_env.errors import (
     InvalidArgumentError,
@@ -26,15 +26,15 @@ from redif_env.errors import (
     check_number,
 )
 from redif_env.noise import expand
-from redif_env.transition import Gaussian
 from redif_env.vector_env import ReDiFVectorEnv
 
-from . import compatibility, diagnostics, losses, schedule_learning
+from . import compatibility, diagnostics, losses, minibatch, schedule_learning
 from .advantages import batch_relative
 from .buffers import RolloutBatch, TorchRolloutBuffer
 from .choices import ScheduleHead
 from .divergences import DIVERGENCES, AdaptiveCoefficient, divergence_map
 from .lora import merge
+from .minibatch import Evaluation
 from .policies import StudentPolicy, copy_of_teacher
 from .sampling import sample
 from .schedule_learning import ChoiceRollout
@@ -60,27 +60,6 @@ class TrainingDivergedError(ReDiFError, RuntimeError):
     """Several updates in a row had a loss or gradient that is not finite."""
 
 
-class Evaluation(NamedTuple):
-    """What the policy as it is now says of a minibatch of B transitions.
-
-    Attributes:
-        log_ratio: float32 `(B, E)`, see `losses.reduce_log_ratio`.
-        kl: KL(old, new) of each row, `(B,)`: an element with `StudentPolicy`, the whole action
-            with others.
-        error: Root-mean-square log-ratio, scalar.
-        values: The critic's, `(B,)` or `(B, D)`, or None.
-        entropy: `(B,)`, or None where nothing can change it.
-        gaussian: What a student explores with now, or None for other policies.
-    """
-
-    log_ratio: Tensor
-    kl: Tensor
-    error: Tensor
-    values: Tensor | None
-    entropy: Tensor | None
-    gaussian: Gaussian | None
-
-
 class ReDiFPPO(PPO):
     """PPO for denoising.
 
@@ -94,6 +73,9 @@ class ReDiFPPO(PPO):
         learning_rate: Number, or function of the progress that remains (1 to 0).
         n_steps: Steps of a rollout; default: one whole episode.
         batch_size: Transitions of a minibatch.
+        micro_batch_size: Transitions that are sent through the network at once, in rollouts and
+            updates alike; None: all. The gradients of a minibatch's parts add up to its own, so
+            that only memory and time depend on it.
         n_epochs: Passes over a rollout.
         gamma: Discount factor of `advantage="gae"`; groups do not discount.
         gae_lambda, clip_range, clip_range_vf, normalize_advantage, ent_coef, vf_coef: as in
@@ -182,6 +164,7 @@ class ReDiFPPO(PPO):
         advantage_clip: float | None = None,
         stochastic_steps: str | int | None = None,
         step_weights: Sequence[float] | None = None,
+        micro_batch_size: int | None = None,
         antithetic: bool | None = None,
         eta: float | Schedule = 0.0,
         min_std: float | Schedule = 0.005,
@@ -229,6 +212,9 @@ class ReDiFPPO(PPO):
         if step_weights is not None:
             step_weights = [check_number("step_weights", weight) for weight in step_weights]
         self.step_weights = step_weights
+        if micro_batch_size is not None:
+            micro_batch_size = check_integer("micro_batch_size", micro_batch_size, 1)
+        self.micro_batch_size = micro_batch_size
         self.antithetic = grouped if antithetic is None else antithetic
         self.eta = eta
         self.min_std = min_std
@@ -328,6 +314,8 @@ class ReDiFPPO(PPO):
             self._configure()
         super()._setup_model()
         self._check_student()
+        if isinstance(self.policy, StudentPolicy) and self.micro_batch_size is not None:
+            self.policy.set_batch_size(self.micro_batch_size)
         self._load_teacher_weights()
 
     def set_env(self, env: Any, force_reset: bool = True) -> None:
@@ -604,6 +592,8 @@ class ReDiFPPO(PPO):
                 )
                 if not history:
                     self._check_ratio(statistics.pop("ratio_error"))
+                self.policy.optimizer.zero_grad()
+                loss.backward()
                 norms = self._take_step(loss)
                 history.append({**statistics, **norms})
         self._record_means(history)
@@ -628,14 +618,14 @@ class ReDiFPPO(PPO):
     ) -> bool:
         """One pass over the rollout; False if the KL grew too large."""
         for batch in self.rollout_buffer.get(self.batch_size):
-            loss, statistics = self._loss(batch, clip_range, clip_range_vf)
+            statistics = self._add_gradients(batch, clip_range, clip_range_vf)
             if not history:
                 self._check_ratio(statistics["ratio_error"])
             history.append(statistics)
             if self.target_kl is not None and float(statistics["kl"]) > 1.5 * self.target_kl:
                 return False
             skipped = self.updates_skipped
-            statistics.update(self._take_step(loss))
+            statistics.update(self._take_step(statistics["loss"]))
             self.rows_trained += len(batch.actions)
             if self.updates_skipped == skipped:
                 self.updates += 1
@@ -643,10 +633,27 @@ class ReDiFPPO(PPO):
                     self.policy.update_ema(self.ema_decay, self.updates)
         return True
 
+    def _add_gradients(
+        self, batch: Any, clip_range: float, clip_range_vf: float | None
+    ) -> dict[str, Tensor]:
+        """The gradient of a minibatch's loss, summed over its parts; returns what to log."""
+        batch = batch._replace(advantages=self._advantages(batch))  # relative to all of its rows
+        self.policy.optimizer.zero_grad()
+        evaluations = []
+        for part in minibatch.split(batch, self.micro_batch_size):
+            new = self._evaluate(part)
+            loss, statistics = self._loss(part, clip_range, clip_range_vf, new)
+            share = len(part.actions) / len(batch.actions)  # losses are means over rows
+            (share * loss).backward()
+            evaluations.append(minibatch.join([new]))
+        if len(evaluations) == 1:
+            return statistics
+        whole = minibatch.join(evaluations)
+        with torch.no_grad():
+            return self._loss(batch, clip_range, clip_range_vf, whole)[1]
+
     def _take_step(self, loss: Tensor) -> dict[str, Tensor]:
         """Go down the gradient, if it is finite; returns the norms before clipping, by name."""
-        self.policy.optimizer.zero_grad()
-        loss.backward()
         norms = self._clip_gradients()
         if self._is_finite(loss, *norms.values()):
             self.policy.optimizer.step()
@@ -667,14 +674,21 @@ class ReDiFPPO(PPO):
             )
         return False
 
+    def _evaluate(self, batch: Any) -> Evaluation:
+        if isinstance(self.policy, StudentPolicy):
+            penalised = self.divergence is not None
+            return minibatch.evaluate_student(self.policy, batch, self.ratio, penalised)
+        return minibatch.evaluate_generic(self.policy, batch)
+
     def _loss(
-        self, batch: Any, clip_range: float, clip_range_vf: float | None
+        self,
+        batch: Any,
+        clip_range: float,
+        clip_range_vf: float | None,
+        new: Evaluation | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """PPO's loss on a minibatch, and what to log of it."""
-        if self.trains_student:
-            new = self._evaluate_student(batch)
-        else:
-            new = self._evaluate_generic(batch)
+        """PPO's loss on a minibatch or a part of it, and what to log; evaluates it if needed."""
+        new = self._evaluate(batch) if new is None else new
         weights = None if self.step_weights is None else self._weights_of(batch)
         policy_loss = losses.surrogate(new.log_ratio, self._advantages(batch), clip_range, weights)
         loss = policy_loss
@@ -683,7 +697,7 @@ class ReDiFPPO(PPO):
             "kl": new.kl.mean(),
             "clip_fraction": losses.clip_fraction(new.log_ratio, clip_range).mean(),
             "effective_sample_size": losses.effective_sample_size(new.log_ratio),
-            "ratio_error": new.error,
+            "ratio_error": new.error.mean().sqrt(),
         }
         if new.gaussian is not None:
             statistics["per_step"] = diagnostics.per_step(
@@ -693,7 +707,7 @@ class ReDiFPPO(PPO):
                 self.policy.num_steps,  # type: ignore[arg-type]
             )
         if self.divergence is not None:
-            penalty = self._penalty(batch, new.gaussian)
+            penalty = self._penalty(new)
             joint = losses.reduce_log_ratio(penalty, self.ratio).sum(1).mean()
             loss = loss + self.divergence_coef * joint
             statistics["divergence"] = penalty.detach().mean()
@@ -709,46 +723,13 @@ class ReDiFPPO(PPO):
         statistics["loss"] = loss.detach()
         return loss, statistics
 
-    def _evaluate_student(self, batch: RolloutBatch) -> Evaluation:
-        policy = self.policy
-        assert batch.old is not None
-        assert isinstance(policy, StudentPolicy)
-        distribution = policy.step_distribution(batch.observations, batch.actions)
-        mean, std = distribution.gaussian
-        new_std = None if policy.step_scale is None else std
-        x_s = batch.actions[:, : mean[0].numel()].reshape(mean.shape)
-        log_ratio_map = transition.log_ratio_map(x_s, mean, batch.old, new_std).flatten(1)
-        return Evaluation(
-            log_ratio=losses.reduce_log_ratio(log_ratio_map, self.ratio),
-            kl=losses.kl_map(mean, batch.old, new_std).flatten(1).mean(1),
-            error=_root_mean_square(log_ratio_map),
-            values=None if policy.value_critic is None else policy.values(batch.observations),
-            entropy=None if new_std is None else distribution.entropy(),
-            gaussian=distribution.gaussian,
-        )
-
-    def _penalty(self, batch: RolloutBatch, new: Gaussian | None) -> Tensor:
+    def _penalty(self, new: Evaluation) -> Tensor:
         """Divergence from the reference of each element, `(B, D)`, with gradients to `new`."""
-        assert batch.old is not None
-        assert new is not None
         assert self.divergence is not None
-        assert isinstance(self.policy, StudentPolicy)
-        with torch.no_grad():
-            reference = self.policy.reference_means(batch.observations, batch.actions)
-        ref = Gaussian(reference, batch.old.std)
-        return divergence_map(self.divergence, new, ref, self.divergence_alpha).flatten(1)
-
-    def _evaluate_generic(self, batch: Any) -> Evaluation:
-        """The same of any policy: whole actions instead of elements."""
-        actions = batch.actions
-        if isinstance(self.action_space, spaces.Discrete):
-            actions = actions.long().flatten()
-        values, log_prob, entropy = self.policy.evaluate_actions(batch.observations, actions)
-        log_ratio = (log_prob - batch.old_log_prob).unsqueeze(1)
-        if entropy is None:  # no closed form
-            entropy = -log_prob
-        error, kl = _root_mean_square(log_ratio), losses.approximate_kl(log_ratio)
-        return Evaluation(log_ratio, kl, error, values.flatten(), entropy, None)
+        assert new.gaussian is not None
+        assert new.reference is not None
+        alpha = self.divergence_alpha
+        return divergence_map(self.divergence, new.gaussian, new.reference, alpha).flatten(1)
 
     def _weights_of(self, batch: RolloutBatch) -> Tensor:
         """Weight of each transition's loss, `(B,)`."""

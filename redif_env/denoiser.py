@@ -47,6 +47,8 @@ class Denoiser(nn.Module):
             conditional one, in [0, 1] (Lin et al. 2023, section 3.4); 0 is none.
         call: For networks that are called otherwise: `call(network, x_t, t, told)` returns the
             prediction. An importable function, so that what holds a denoiser can be saved.
+        batch_size: Most rows that are sent through the network at once, however many are asked
+            for; with guidance twice as many. None: all.
 
     Attributes:
         num_classes: Number of conditions: of classes, or of the table's rows.
@@ -72,6 +74,7 @@ class Denoiser(nn.Module):
         guidance_scale: float = 1.0,
         guidance_rescale: float = 0.0,
         call: Call = call_network,
+        batch_size: int | None = None,
     ) -> None:
         super().__init__()
         self.network = network
@@ -94,6 +97,9 @@ class Denoiser(nn.Module):
         self.num_classes = num_classes
         self.null_class = null_class
         self.call = call
+        self.batch_size = None
+        if batch_size is not None:
+            self.batch_size = check_integer("batch_size", batch_size, 1)
         self.network_evaluations = 0
         self.set_guidance(guidance_scale, guidance_rescale)
         end = torch.tensor([schedule.max_timestep], device=self.device)
@@ -148,6 +154,15 @@ class Denoiser(nn.Module):
                 network.
         """
         self.network_evaluations += self.nfe * len(x_t)
+        if self.batch_size is None or len(x_t) <= self.batch_size:
+            return self._predict(x_t, t, condition)
+        rows = torch.arange(len(x_t), device=x_t.device).split(self.batch_size)
+        parts = [
+            self._predict(x_t[r], t[r], None if condition is None else condition[r]) for r in rows
+        ]
+        return torch.cat(parts)
+
+    def _predict(self, x_t: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
         if self.nfe == 1:
             return self._call(x_t, t, condition)
         if condition is None or self.null_class is None:

@@ -118,6 +118,7 @@ def build_denoiser(
     guidance_scale: float = 1.0,
     guidance_rescale: float = 0.0,
     latent_size: int | tuple[int, int] | None = None,
+    batch_size: int | None = None,
 ) -> Denoiser:
     """A denoiser from a diffusers network and scheduler.
 
@@ -129,6 +130,7 @@ def build_denoiser(
         guidance_scale: Scale of classifier-free guidance; 1 is none.
         guidance_rescale: See `Denoiser`.
         latent_size: Height and width of the latents; default: the network's own.
+        batch_size: See `Denoiser`.
     """
     num_classes, null_class = families.classes(network)
     if conditions is None:
@@ -153,6 +155,7 @@ def build_denoiser(
         guidance_scale=guidance_scale,
         guidance_rescale=guidance_rescale,
         call=call,
+        batch_size=batch_size,
     )
 
 
@@ -167,6 +170,7 @@ def load_teacher(
     guidance_rescale: float = 0.0,
     distilled_guidance: float = DISTILLED_GUIDANCE,
     latent_size: int | tuple[int, int] | None = None,
+    batch_size: int | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     variant: str | None = None,
@@ -192,6 +196,7 @@ def load_teacher(
         distilled_guidance: What networks that have guidance distilled into them (Flux-dev, latent
             consistency models) are told of its scale; it costs nothing.
         latent_size: Height and width of the latents, or one number; default: the network's own.
+        batch_size: Most rows that are sent through the network at once, see `Denoiser`.
         device: Where the network goes.
         dtype: Of the network and the text encoders; default: as saved in memory, else float32. The
             autoencoder stays in float32: some overflow in half precision.
@@ -223,6 +228,7 @@ def load_teacher(
         guidance_scale=guidance_scale,
         guidance_rescale=guidance_rescale,
         latent_size=latent_size,
+        batch_size=batch_size,
     )
     codec = None if parts.autoencoder is None else families.make_codec(parts.autoencoder)
     name = str(source) if str(source) in BUNDLED else str(parts.folder)
@@ -363,6 +369,7 @@ def describe(denoiser: Denoiser, scheduler: SchedulerMixin) -> dict[str, Any]:
     return {
         "class": type(network).__name__,
         "network": {key: value for key, value in network.config.items() if key[0] != "_"},
+        "dtype": str(denoiser.dtype).removeprefix("torch."),
         "scheduler": [type(scheduler).__name__, dict(scheduler.config)],
         "latent_size": denoiser.latent_shape[1:],
         "num_classes": denoiser.num_classes,
@@ -383,8 +390,12 @@ def build_from_description(description: Mapping[str, Any]) -> Denoiser:
     """A denoiser with random weights of the architecture that `describe` described."""
     name, config = description["scheduler"]
     kind: Any = families.find_class(description["class"], tuple(families.NETWORKS))
+    # Not the network's own `to`, which warns of every cast.
+    network = torch.nn.Module.to(
+        kind(**description["network"]), getattr(torch, description["dtype"])
+    )
     return build_denoiser(
-        kind(**description["network"]),
+        network,
         getattr(diffusers, name).from_config(config),
         description,
         conditions=description["conditions"],
