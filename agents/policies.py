@@ -188,7 +188,15 @@ class StudentPolicy(ActorCriticPolicy):
         grid = explicit(settings["timesteps"], self.denoiser.schedule)
         self.timesteps: Tensor
         self.register_buffer("timesteps", grid)
-        groups = [{"params": [w for w in self.denoiser.network.parameters() if w.requires_grad]}]
+        weights = [w for w in self.denoiser.network.parameters() if w.requires_grad]
+        if not weights and not free:
+            raise InvalidArgumentError(
+                "student",
+                type(self.denoiser.network).__name__,
+                "it has no weights to train (an ONNX graph has none): pass another network, with "
+                "policy_kwargs={'student': ...}.",
+            )
+        groups = [{"params": weights}]
         self.value_critic: nn.Module | None = None
         if settings["critic"]:
             kind = MapCritic if settings["critic_map"] else Critic

@@ -92,6 +92,54 @@ class VPSchedule(NoiseSchedule):
         return super().snap(t).round()
 
 
+class SDESchedule(NoiseSchedule):
+    r"""The VP or sub-VP SDE of continuous time (arXiv 2011.13456, eq. 11, 12 and 29).
+
+    With :math:`B(u) = \beta_{min} u + \tfrac12 (\beta_{max} - \beta_{min}) u^2` at
+    :math:`u = t / T` in [0, 1]:
+
+    .. math:: \alpha = e^{-B/2}, \qquad
+        \sigma = \sqrt{1 - e^{-B}} \text{ (VP)}, \quad \sigma = 1 - e^{-B} \text{ (sub-VP)}
+
+    Args:
+        beta_min: beta at the data, a unit of u. An SDE that runs to t_1 has t_1 times its betas.
+        beta_max: beta at the noise, likewise; not 0.
+        sub: Whether it is the sub-VP SDE.
+        num_train_timesteps: T.
+
+    Raises:
+        InvalidArgumentError: for betas that are negative, or that leave alpha at 0 in float32.
+    """
+
+    def __init__(
+        self,
+        beta_min: float = 0.1,
+        beta_max: float = 20.0,
+        *,
+        sub: bool = False,
+        num_train_timesteps: int = 1000,
+    ) -> None:
+        super().__init__(num_train_timesteps)
+        self.beta_min = check_number("beta_min", beta_min)
+        # alpha at the end is exp(-(beta_min + beta_max) / 4): 2e-38, float32's smallest, at 346.
+        self.beta_max = check_number("beta_max", beta_max, 1e-6, 340 - self.beta_min)
+        self.sub = bool(sub)
+        self.max_timestep = float(num_train_timesteps)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return (-self._integral(t) / 2).exp().float()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        # 1 - exp(-B) loses its digits near the data.
+        variance = -(-self._integral(t)).expm1()
+        return (variance if self.sub else variance.sqrt()).float()
+
+    def _integral(self, t: Tensor) -> Tensor:
+        """The integral B of beta, in double."""
+        u = self.snap(t).double() / self.num_train_timesteps
+        return self.beta_min * u + (self.beta_max - self.beta_min) * u**2 / 2
+
+
 class VESchedule(NoiseSchedule):
     r"""Variance exploding (EDM): alpha = 1, and sigma follows Karras et al. 2022, eq. 5.
 

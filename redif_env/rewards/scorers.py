@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import InvalidArgumentError, check_choice, require
+from ..onnx_graph import open_graph
 from ..rendering import to_rgb
 from .base import Reward
 
@@ -220,16 +221,7 @@ class Onnx(Reward):
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._runtime = require("onnxruntime", "onnx")
-        try:
-            self.session = self._runtime.InferenceSession(
-                str(path), providers=["CPUExecutionProvider"]
-            )
-        # onnxruntime's errors derive from Exception itself, some of them from RuntimeError.
-        except Exception as error:
-            raise InvalidArgumentError(
-                "path", str(path), f"onnxruntime cannot load it ({error})."
-            ) from error
+        self.session = open_graph(path)
         self.inputs = [each.name for each in self.session.get_inputs()]
         if len(self.inputs) not in (1, 2):
             raise InvalidArgumentError(

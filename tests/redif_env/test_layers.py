@@ -16,6 +16,7 @@ LAYERS = (
     "codec",
     "denoiser",
     "adapters",
+    "onnx_graph",
     "families",
     "teacher",
     "prompts",

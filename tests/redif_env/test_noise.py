@@ -14,10 +14,12 @@ from diffusers import (
 from hypothesis import given
 from hypothesis import strategies as st
 
+from redif_env.errors import InvalidArgumentError
 from redif_env.loading import noise_schedule
 from redif_env.noise import (
     PREDICTION_TYPES,
     FlowSchedule,
+    SDESchedule,
     VESchedule,
     VPSchedule,
     expand,
@@ -71,6 +73,54 @@ def test_flow_by_hand():
     assert schedule.sigma(t).tolist() == [0.0, 0.25, 1.0]
 
 
+@pytest.mark.parametrize("sub", [False, True], ids=["vp", "sub-vp"])
+def test_scales_of_an_sde_are_its_moments(sub):
+    """Mean and variance of dx = -beta/2 x dt + g dw, integrated with 20,000 steps of Euler.
+
+    The variance obeys v' = g^2 - beta v (Song et al. 2021, eq. 11 and 12), with a beta that falls
+    in one case, as none published does, and ends elsewhere than 20.
+    """
+    for beta_min, beta_max in ((0.1, 20.0), (6.0, 2.0)):
+        mean, variance, integral, dt = 1.0, 0.0, 0.0, 1 / 20_000
+        wanted = {}
+        for step in range(20_000):
+            beta = beta_min + step * dt * (beta_max - beta_min)
+            g2 = beta * (1 - math.exp(-2 * integral)) if sub else beta
+            mean, variance = mean - beta / 2 * mean * dt, variance + (g2 - beta * variance) * dt
+            integral += beta * dt
+            if step + 1 in (2000, 8000, 20_000):
+                wanted[1000 * (step + 1) * dt] = (mean, math.sqrt(variance))
+        schedule = SDESchedule(beta_min, beta_max, sub=sub)
+        t = torch.tensor(list(wanted))
+        ours = torch.stack([schedule.alpha(t), schedule.sigma(t)], 1)
+        # Euler's error, of the order of beta dt: 1e-3.
+        torch.testing.assert_close(ours, torch.tensor(list(wanted.values())), rtol=0, atol=1e-3)
+        other = SDESchedule(beta_min, beta_max, sub=not sub)
+        assert not torch.allclose(other.sigma(t), ours[:, 1], rtol=0, atol=1e-2)
+
+
+def test_the_linear_betas_of_ddpm_are_the_sde_in_steps():
+    """Song et al. 2021, appendix B: beta_i = beta(i / 1000) / 1000; ours has times between."""
+    table = DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear").alphas_cumprod
+    schedule, t = SDESchedule(0.1, 20.0), TIMES + 1
+    # The product of 1 - beta_i is exp(-sum of beta_i) up to terms of beta_i^2 / 2.
+    torch.testing.assert_close(schedule.alpha(t), table[1:].sqrt(), rtol=0, atol=2e-3)
+    assert float(schedule.alpha(torch.tensor([0.5]))) < 1
+
+
+def test_sigma_of_an_sde_keeps_its_digits_near_the_data():
+    schedule = SDESchedule(1e-8, 1e-6)
+    t = torch.tensor([10.0])
+    integral = 1e-8 * 0.01 + (1e-6 - 1e-8) * 0.01**2 / 2
+    assert float(schedule.sigma(t)) == pytest.approx(math.sqrt(integral), rel=1e-5)
+
+
+@pytest.mark.parametrize("betas", [(0.1, 0.0), (-1.0, 2.0), (0.1, 500.0), (0.1, math.nan)])
+def test_betas_of_no_sde(betas):
+    with pytest.raises(InvalidArgumentError, match="beta_m"):
+        SDESchedule(*betas)
+
+
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_flow_noises_as_diffusers_does(shift, generator):
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
@@ -99,23 +149,30 @@ def test_ve_has_the_sigmas_of_edm():
     torch.testing.assert_close(schedule.sigma(t), scheduler.sigmas[:11], rtol=1e-5, atol=1e-5)
 
 
-SCHEDULES = [noise_schedule(DDIMScheduler()), VESchedule(), FlowSchedule()]
+SCHEDULES = [
+    noise_schedule(DDIMScheduler()),
+    VESchedule(),
+    FlowSchedule(),
+    SDESchedule(),
+    SDESchedule(sub=True),
+]
+SCHEDULE_IDS = ["vp", "ve", "flow", "vp sde", "sub-vp sde"]
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=["vp", "ve", "flow"])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=SCHEDULE_IDS)
 def test_time_zero_is_the_data(schedule):
     zero = torch.zeros(2)
     assert schedule.alpha(zero).tolist() == [1.0, 1.0]
     assert schedule.sigma(zero).tolist() == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=["vp", "ve", "flow"])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=SCHEDULE_IDS)
 def test_noise_grows_with_time(schedule):
     ratio = schedule.sigma(TIMES) / schedule.alpha(TIMES)
     assert bool((ratio.diff() > 0).all())
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=["vp", "ve", "flow"])
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=SCHEDULE_IDS)
 def test_scales_of_a_batch_are_those_of_its_rows(schedule):
     t = torch.tensor([[0.0, 3.0], [500.0, 999.0]])
     for scale in (schedule.alpha, schedule.sigma):
