@@ -30,7 +30,7 @@ class Args:
     """Algorithms to run, on each variant that they take."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of training."""
-    total_timesteps: int = 50_000
+    total_timesteps: int = 20_000
     """Denoising steps of a run."""
     num_envs: int = 64
     """Trajectories of a batch."""
@@ -64,7 +64,7 @@ def plan(args: Args) -> list[swap_algorithm.Args]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Mean and range over seeds, in Markdown, best first within a variant."""
-    lines = ["| variant | algorithm | seeds | return | error, % of the baseline's | seconds |"]
+    lines = ["| variant | algorithm | seeds | return | error, % of the baseline's | CPU seconds |"]
     lines.append("|" + "---|" * 6)
     for variant in sorted({row["variant"] for row in rows}):
         own = [row for row in rows if row["variant"] == variant]
