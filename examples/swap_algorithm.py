@@ -80,6 +80,9 @@ _OFF_POLICY = {
     "train_freq": 1,
     "gradient_steps": 8,
 }
+# Actors without entropy follow a critic that knows nothing to the bounds, and from a saturated tanh
+# they hardly return: a longer warm-up.
+_DETERMINISTIC = {**_OFF_POLICY, "learning_starts": 5000}
 # Per element, a reward of minus (scale * action)^2 and a temperature of 2 (scale * std)^2 balance
 # at std: 8e-4 for the scale and std below. From the default of 1, noise would drown everything for
 # the first thousands of updates.
@@ -115,7 +118,7 @@ ALGORITHMS: dict[str, Recipe] = {
     "TRPO": Recipe(
         "sb3_contrib.TRPO",
         "The trust region is stated for the whole action, and 64 elements share it: 0.05 in place "
-        "of 0.01. A schedule goes from eight even choices to one, which is a divergence of 2: more and "
+        "of 0.01. A schedule goes from eight even choices to one, a divergence of 2: more and "
         "larger updates. learning_rate is the critic's.",
         {**_ON_POLICY, "batch_size": 256, "target_kl": 0.05},
         schedule_options={"n_steps": 4, "target_kl": 0.1},
@@ -164,14 +167,14 @@ ALGORITHMS: dict[str, Recipe] = {
         "stable_baselines3.TD3",
         "Bound as SAC. Smoothing noise of a fourth of the exploration, for the same reason: the "
         "default, 0.2, with 64 elements is a different action.",
-        {**_OFF_POLICY, "target_policy_noise": 0.05, "target_noise_clip": 0.1},
+        {**_DETERMINISTIC, "target_policy_noise": 0.05, "target_noise_clip": 0.1},
         std=0.2,
         scale=0.2,
     ),
     "DDPG": Recipe(
         "stable_baselines3.DDPG",
         "As TD3, which corrects overestimated targets: with one step there are none.",
-        _OFF_POLICY,
+        _DETERMINISTIC,
         std=0.2,
         scale=0.2,
     ),

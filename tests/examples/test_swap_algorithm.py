@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import itertools
 import json
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -101,7 +102,7 @@ def test_the_table_has_what_was_promised():
         ({"algo": "DQN", "variant": "residual"}, "variant='residual'.*'schedule'"),
         ({"algo": "SAC", "variant": "schedule"}, "variant='schedule'.*'residual'"),
         ({"algo": "PPO", "variant": "joint"}, "variant='joint'"),
-        ({"algo": "TD3", "total_timesteps": 1000}, "total_timesteps=1000: pass more than the 1000"),
+        ({"algo": "TD3", "total_timesteps": 5000}, "total_timesteps=5000: pass more than the 5000"),
         ({"total_timesteps": 0}, "total_timesteps=0"),
     ],
 )
@@ -401,6 +402,42 @@ def test_the_table_compares_with_the_baseline():
         "| residual | SAC | 2 | -6.000 (-7.000..-5.000) | 60.0 (50.0..70.0) | 7 |",
         "| residual | PPO | 1 | -8.000 | 80.0 | 7 |",
     ]
+
+
+ROOT = Path(algorithms.__file__).parents[1]
+
+
+def test_the_documented_table_is_that_of_the_runs():
+    rows = algorithms.read(ROOT / algorithms.Args().out)
+    runs = [(row["algorithm"], row["variant"], row["seed"]) for row in rows]
+    assert sorted(runs) == sorted(
+        (*pair, seed) for pair in PAIRS for seed in algorithms.Args().seeds
+    )
+    assert {row["total_timesteps"] for row in rows} == {algorithms.Args().total_timesteps}
+    assert algorithms.table(rows) in (ROOT / "docs" / "algorithms.md").read_text()
+
+
+def test_every_documented_run_beat_its_baseline():
+    rows = algorithms.read(ROOT / algorithms.Args().out)
+    assert [row for row in rows if not row["final_return"] > row["baseline_return"]] == []
+
+
+def test_the_table_replaces_that_of_the_page(tiny, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n\n{algorithms.HEADER}\n|---|\n| old |\n\nafter\n")
+    args = algorithms.Args(
+        algorithms=("A2C",), seeds=(0,), total_timesteps=32, num_envs=NUM_ENVS, bank_size=32
+    )
+    args = dataclasses.replace(args, num_held_out=32, out=tmp_path / "results.json", docs=page)
+    assert page.read_text() == f"before\n\n{algorithms.table(algorithms.main(args))}\n\nafter\n"
+
+
+def test_a_page_without_a_table_is_refused_before_the_first_run(tmp_path):
+    (tmp_path / "page.md").write_text("no table")
+    args = algorithms.Args(out=tmp_path / "out" / "r.json", docs=tmp_path / "page.md")
+    with pytest.raises(InvalidArgumentError, match=r"docs='no table'.*add a line"):
+        algorithms.main(args)
+    assert not (tmp_path / "out").exists()
 
 
 def test_unknown_algorithms_are_refused_before_anything_is_written(tmp_path):
