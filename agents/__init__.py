@@ -14,6 +14,7 @@ _NAMES = {
     "LatentFeatures": "features",
     "ReDiFPPO": "ppo",
     "StudentPolicy": "policies",
+    "TimeFeatures": "features",
     "TorchRolloutBuffer": "buffers",
     "TorchVecEnv": "vec_env",
     "distill": "distillation",

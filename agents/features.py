@@ -1,4 +1,4 @@
-"""LatentFeatures: what stock Stable-Baselines3 policies make of latents, time and class."""
+"""LatentFeatures and TimeFeatures: what stock Stable-Baselines3 policies make of observations."""
 
 from __future__ import annotations
 
@@ -73,11 +73,50 @@ class LatentFeatures(BaseFeaturesExtractor):
         return self.mix(torch.cat([latents.flatten(1), known], dim=1))
 
 
+class TimeFeatures(BaseFeaturesExtractor):
+    """Features extractor for `MlpPolicy` on flat observations: only the time and the steps left.
+
+    The best times hardly depend on the sample. A Q network that sees latents fits the noise of the
+    tasks instead of what times differ by; this one sees as many states as the grid has.
+
+    What it sees is not a Markov state, as the latent remembers where it came from. Values that are
+    bootstrapped are therefore averages over all that led there, and credit no earlier choice: learn
+    from whole returns, such as `DQN(n_steps=...)`, which takes flat observations only.
+
+    Args:
+        observation_space: Of `make_sb3_env(..., observation="flat")`, float32 `(F,)`: its last two
+            entries are `steps_left` and `timestep`, which enter as waves, see `LatentFeatures`.
+
+    Raises:
+        InvalidArgumentError: for observations that are not flat.
+    """
+
+    def __init__(self, observation_space: spaces.Space) -> None:
+        if (
+            not isinstance(observation_space, spaces.Box)
+            or len(observation_space.shape) != 1
+            or observation_space.shape[0] < len(TIMES)
+        ):
+            raise InvalidArgumentError(
+                "observation_space",
+                observation_space,
+                "pass a flat Box; dicts go with LatentFeatures.",
+            )
+        super().__init__(observation_space, len(TIMES) * NUM_WAVES)
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """Features, float32 `(N, 32)`."""
+        return torch.cat([_waves(value) for value in observations[:, -len(TIMES) :].split(1, 1)], 1)
+
+
 def _embedded(name: str, value: Tensor) -> Tensor:
     """A known entry, float32 `(N, f)`: times as waves, others as they are."""
-    if name not in TIMES:
-        return value.flatten(1)
-    return torch.cos(math.pi * torch.arange(1, NUM_WAVES + 1, device=value.device) * value)
+    return _waves(value) if name in TIMES else value.flatten(1)
+
+
+def _waves(t: Tensor) -> Tensor:
+    """`cos(pi k t)`, k = 1 to 16, of `(N, 1)`: `(N, 16)`."""
+    return torch.cos(math.pi * torch.arange(1, NUM_WAVES + 1, device=t.device) * t)
 
 
 def _size(name: str, space: spaces.Space) -> int:

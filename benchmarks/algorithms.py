@@ -2,12 +2,13 @@
 
 All get as many denoising steps of the same training tasks, with the options of the table there, and
 are judged on validation tasks, deterministic. Runs in the output file are not redone, and several
-processes may share it.
+processes may share it. `--docs docs/algorithms.md` puts the table there.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ import torch
 from benchmarks.sample_efficiency import add, read
 from examples import swap_algorithm
 from examples.swap_algorithm import ALGORITHMS
-from redif_env.errors import check_choice, require
+from redif_env.errors import InvalidArgumentError, check_choice, require
 
+HEADER = "| variant | algorithm | seeds | return | error, % of the baseline's | CPU seconds |"
 KEY = ("algorithm", "variant", "seed", "total_timesteps")
 
 
@@ -30,7 +32,7 @@ class Args:
     """Algorithms to run, on each variant that they take."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of training."""
-    total_timesteps: int = 50_000
+    total_timesteps: int = 20_000
     """Denoising steps of a run."""
     num_envs: int = 64
     """Trajectories of a batch."""
@@ -40,6 +42,8 @@ class Args:
     """Validation tasks."""
     out: Path = Path("benchmarks/results/algorithms.json")
     """Results, a list of runs."""
+    docs: Path | None = None
+    """Page whose table of results is replaced."""
 
 
 def plan(args: Args) -> list[swap_algorithm.Args]:
@@ -64,7 +68,7 @@ def plan(args: Args) -> list[swap_algorithm.Args]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Mean and range over seeds, in Markdown, best first within a variant."""
-    lines = ["| variant | algorithm | seeds | return | error, % of the baseline's | seconds |"]
+    lines = [HEADER]
     lines.append("|" + "---|" * 6)
     for variant in sorted({row["variant"] for row in rows}):
         own = [row for row in rows if row["variant"] == variant]
@@ -80,6 +84,18 @@ def table(rows: list[dict[str, Any]]) -> str:
             )
             lines.append(f"| {variant} | {name} | {len(group)} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def with_table(page: str, new: str) -> str:
+    """The page with `new` in place of its table of results.
+
+    Raises:
+        InvalidArgumentError: for a page that has none.
+    """
+    old = re.search(re.escape(HEADER) + r"(\n\|.*)*", page)
+    if old is None:
+        raise InvalidArgumentError("docs", page[:80], f"add a line {HEADER!r} where it belongs.")
+    return page[: old.start()] + new + page[old.end() :]
 
 
 def error(row: dict[str, Any]) -> float:
@@ -98,6 +114,8 @@ def _spread(values: list[float], digits: int) -> str:
 def main(args: Args) -> list[dict[str, Any]]:
     """Run what is missing, print the table, and return the runs of this length."""
     torch.set_num_threads(1)
+    if args.docs is not None:  # an unfit page is refused before the first run
+        with_table(args.docs.read_text(), HEADER)
     for run in plan(args):
         _, variant = swap_algorithm.resolve(run)
         key = (run.algo, variant, run.seed, run.total_timesteps)
@@ -105,6 +123,8 @@ def main(args: Args) -> list[dict[str, Any]]:
             add(args.out, swap_algorithm.main(run))
     rows = [row for row in read(args.out) if row["total_timesteps"] == args.total_timesteps]
     print(table(rows))
+    if args.docs is not None:
+        args.docs.write_text(with_table(args.docs.read_text(), table(rows)))
     return rows
 
 

@@ -25,7 +25,7 @@ from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
-from agents import LatentFeatures, make_sb3_env
+from agents import LatentFeatures, TimeFeatures, make_sb3_env
 from redif_env import Teacher, baseline_returns, load_teacher
 from redif_env.errors import InvalidArgumentError, check_choice, check_integer, require
 
@@ -44,9 +44,12 @@ class Recipe:
         why: What decided about the rest.
         options: Keyword arguments of the class. `make_model` adds those that depend on the
             environment: sizes of networks and buffer, exploration, seed, device.
+        schedule_options: What differs from `options` with schedules.
         variants: Of `make_sb3_env`; the first is the default.
         observation: Flat only where the class has no policy for dicts.
         policy: Name of the policy.
+        only_times: Whether the network sees the time and the steps left only; with flat
+            observations.
         std: Exploration in units of a residual action, which is in [-1, 1]; see `exploration`. None
             where the algorithm explores by other means.
         scale: What an action of 1 adds to a latent: the bound of all corrections.
@@ -55,9 +58,11 @@ class Recipe:
     path: str
     why: str
     options: Mapping[str, Any]
+    schedule_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     variants: tuple[str, ...] = (RESIDUAL,)
     observation: str = DICT
     policy: str = "MultiInputPolicy"
+    only_times: bool = False
     std: float | None = None
     scale: float = 0.5
 
@@ -75,16 +80,20 @@ _OFF_POLICY = {
     "train_freq": 1,
     "gradient_steps": 8,
 }
+# Actors without entropy follow a critic that knows nothing to the bounds, and from a saturated tanh
+# they hardly return: a longer warm-up.
+_DETERMINISTIC = {**_OFF_POLICY, "learning_starts": 5000}
 # Per element, a reward of minus (scale * action)^2 and a temperature of 2 (scale * std)^2 balance
 # at std: 8e-4 for the scale and std below. From the default of 1, noise would drown everything for
 # the first thousands of updates.
 _ENTROPY = {**_OFF_POLICY, "ent_coef": "auto_0.001"}
-# Steps of the target are counted in transitions. Transitions are used 8 times: a Q network that
-# sees the latents too often learns the tasks by heart.
+# Steps of the target are counted in transitions. Returns of whole episodes: what is seen of a state
+# does not tell how it was reached, so that bootstrapped values would credit no earlier choice.
 _Q = {
     **_OFF_POLICY,
     "learning_rate": 5e-4,
     "gradient_steps": 2,
+    "n_steps": NUM_TIMES,
     "target_update_interval": 500,
     "exploration_fraction": 0.3,
     "exploration_final_eps": 0.05,
@@ -109,8 +118,10 @@ ALGORITHMS: dict[str, Recipe] = {
     "TRPO": Recipe(
         "sb3_contrib.TRPO",
         "The trust region is stated for the whole action, and 64 elements share it: 0.05 in place "
-        "of 0.01. learning_rate is the critic's.",
+        "of 0.01. A schedule goes from eight even choices to one, a divergence of 2: more and "
+        "larger updates. learning_rate is the critic's.",
         {**_ON_POLICY, "batch_size": 256, "target_kl": 0.05},
+        schedule_options={"n_steps": 4, "target_kl": 0.1},
         variants=(RESIDUAL, SCHEDULE),
         std=0.2,
     ),
@@ -156,28 +167,35 @@ ALGORITHMS: dict[str, Recipe] = {
         "stable_baselines3.TD3",
         "Bound as SAC. Smoothing noise of a fourth of the exploration, for the same reason: the "
         "default, 0.2, with 64 elements is a different action.",
-        {**_OFF_POLICY, "target_policy_noise": 0.05, "target_noise_clip": 0.1},
+        {**_DETERMINISTIC, "target_policy_noise": 0.05, "target_noise_clip": 0.1},
         std=0.2,
         scale=0.2,
     ),
     "DDPG": Recipe(
         "stable_baselines3.DDPG",
         "As TD3, which corrects overestimated targets: with one step there are none.",
-        _OFF_POLICY,
+        _DETERMINISTIC,
         std=0.2,
         scale=0.2,
     ),
     "DQN": Recipe(
         "stable_baselines3.DQN",
-        "The noise of a batch is drawn for all rows together, see docs/upstream.md: long decay.",
+        "Times differ by less than tasks do, and a Q network that sees latents learns that noise: "
+        "it gets times only. Rows explore together, see docs/upstream.md: long decay.",
         _Q,
         variants=(SCHEDULE,),
+        observation=FLAT,
+        policy="MlpPolicy",
+        only_times=True,
     ),
     "QR-DQN": Recipe(
         "sb3_contrib.QRDQN",
         "As DQN; 25 quantiles, as its loss compares each with each and the default is 200.",
         {**_Q, "policy_kwargs": {"n_quantiles": 25}},
         variants=(SCHEDULE,),
+        observation=FLAT,
+        policy="MlpPolicy",
+        only_times=True,
     ),
     "ARS": Recipe(
         "sb3_contrib.ARS",
@@ -264,10 +282,11 @@ def make_model(recipe: Recipe, env: VecEnv, args: Args) -> BaseAlgorithm:
     module, _, name = recipe.path.rpartition(".")
     kind = getattr(importlib.import_module(module), name)
     accepted = inspect.signature(kind).parameters
-    options = {**recipe.options, "seed": args.seed, "device": args.device}
+    residual = isinstance(env.action_space, spaces.Box)
+    own = {} if residual else recipe.schedule_options
+    options = {**recipe.options, **own, "seed": args.seed, "device": args.device}
     # A new dict each time: Stable-Baselines3 writes into it.
     policy_kwargs = {**options.pop("policy_kwargs", {}), **networks(recipe, args.width)}
-    residual = isinstance(env.action_space, spaces.Box)
     if residual and recipe.std is not None:
         dim = math.prod(env.action_space.shape)
         for target, more in zip(
@@ -285,9 +304,14 @@ def make_model(recipe: Recipe, env: VecEnv, args: Args) -> BaseAlgorithm:
 
 
 def networks(recipe: Recipe, width: int) -> dict[str, Any]:
-    """Arguments of the policy: two hidden layers, the first of them `LatentFeatures` on dicts."""
+    """Arguments of the policy: two hidden layers, the first of them `LatentFeatures` on dicts.
+
+    One is enough for times.
+    """
     if recipe.policy == "LinearPolicy":
         return {}
+    if recipe.only_times:
+        return {"net_arch": [width], "features_extractor_class": TimeFeatures}
     if recipe.observation == FLAT:
         return {"net_arch": [width, width]}
     return {
@@ -384,7 +408,8 @@ def main(args: Args) -> dict[str, Any]:
     Returns:
         `algorithm`, `variant`, `seed`, `total_timesteps`; `baseline_return` and `final_return`,
         deterministic on held-out tasks: minus the sum of squared differences from the teacher, of
-        the frozen student alone and of the trained policy; `seconds` of training.
+        the frozen student alone and of the trained policy; `seconds` of CPU time of training, which
+        other work on the machine hardly changes.
     """
     recipe, variant = resolve(args)
     options = env_options(
@@ -398,9 +423,9 @@ def main(args: Args) -> dict[str, Any]:
         args.num_held_out, variant, seen, bank_size=args.num_held_out, split="validation", **options
     )
     model = make_model(recipe, env, args)
-    started = time.monotonic()
+    started = time.process_time()
     model.learn(budget(model, env, args.total_timesteps))
-    seconds = time.monotonic() - started
+    seconds = time.process_time() - started
     row = {
         "algorithm": args.algo,
         "variant": variant,

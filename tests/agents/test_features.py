@@ -1,4 +1,4 @@
-"""LatentFeatures: every part of the observation counts, and size does not."""
+"""LatentFeatures: every part of the observation counts, size does not; TimeFeatures: only times."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sb3_contrib import TRPO
 from stable_baselines3 import PPO, SAC
 from stable_baselines3.common.preprocessing import preprocess_obs
 
-from agents import LatentFeatures, make_sb3_env
+from agents import LatentFeatures, TimeFeatures, make_sb3_env
 from redif_env.errors import InvalidArgumentError
 
 SHAPES = [(1, 8, 8), (3, 16, 16), (2, 20, 9), (1, 9, 9), (5,)]
@@ -112,3 +112,31 @@ def test_other_observations_are_refused(seen):
 def test_no_features_are_refused():
     with pytest.raises(InvalidArgumentError, match="features_dim=0"):
         LatentFeatures(space((5,)), 0)
+
+
+# TimeFeatures
+
+
+def test_only_times_are_seen(teacher, bank):
+    """Flat observations against the dict's times; nothing else moves a feature."""
+    options = {"teacher": teacher, "bank": bank, "max_steps": 4, "seed": 0}
+    envs = [make_sb3_env(3, "schedule", seen, **options) for seen in ("flat", "dict")]
+    for env in envs:
+        env.reset()
+    extractor = TimeFeatures(envs[0].observation_space)
+    choices = np.array([1, 3, 5])
+    flat, seen = (env.step(choices)[0] for env in envs)
+    features = extractor(torch.as_tensor(flat))
+    assert features.shape == (3, extractor.features_dim) == (3, 32)
+    k = np.arange(1, 17)
+    wanted = [np.cos(np.pi * k * seen[name]) for name in ("steps_left", "timestep")]
+    np.testing.assert_allclose(features, np.concatenate(wanted, axis=1), atol=1e-5)
+    assert features.unique(dim=0).shape[0] == 3
+    flat[:, :-2] += 1
+    assert torch.equal(extractor(torch.as_tensor(flat)), features)
+
+
+@pytest.mark.parametrize("seen", [space((5,)), spaces.Box(0, 1, (1, 8, 8)), spaces.Box(0, 1, (1,))])
+def test_observations_that_are_not_flat_are_refused(seen):
+    with pytest.raises(InvalidArgumentError, match=r"observation_space=.*pass a flat Box"):
+        TimeFeatures(seen)

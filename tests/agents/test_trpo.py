@@ -87,10 +87,12 @@ def test_it_trains_a_student(teacher, bank):
     assert 0 < model.logger.name_to_value["train/kl_divergence_loss"] < 0.5
 
 
-def test_trpo_fails_on_frozen_weights(teacher, bank):
+def test_trpo_fails_on_frozen_weights(residual):
     """Upstream, see docs/upstream.md: when this fails, a workaround can go."""
+    model = TRPO("MultiInputPolicy", residual(), policy_kwargs=stock_policy(), **OPTIONS)
+    next(model.policy.parameters()).requires_grad_(False)
     with pytest.raises(RuntimeError, match="does not require grad"):
-        student(TRPO, teacher, bank).learn(16)
+        model.learn(32)
 
 
 class Attention(BaseFeaturesExtractor):
