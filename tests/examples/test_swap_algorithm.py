@@ -429,7 +429,8 @@ def test_the_table_replaces_that_of_the_page(tiny, tmp_path):
         algorithms=("A2C",), seeds=(0,), total_timesteps=32, num_envs=NUM_ENVS, bank_size=32
     )
     args = dataclasses.replace(args, num_held_out=32, out=tmp_path / "results.json", docs=page)
-    assert page.read_text() == f"before\n\n{algorithms.table(algorithms.main(args))}\n\nafter\n"
+    wanted = algorithms.table(algorithms.main(args))
+    assert page.read_text() == f"before\n\n{wanted}\n\nafter\n"
 
 
 def test_a_page_without_a_table_is_refused_before_the_first_run(tmp_path):
