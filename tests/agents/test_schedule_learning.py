@@ -131,6 +131,8 @@ def test_only_running_rows_that_explored_are_trained_on(make_free):
         assert counts == sum(len(batch.choice) for batch in batches)
         own = group_relative(buffer.episode_returns()[:, half:], 4)[0]
         (everything,) = batches
+        # the first times, and those of steps that were still to be made and not forced
+        assert counts == half + int(buffer["running"][:-1, half:].sum())
         left = everything.observations["steps_left"].flatten()
         torch.testing.assert_close(  # in some order; the first times are chosen in every row
             everything.advantages[left > 1].sort().values, own.sort().values
