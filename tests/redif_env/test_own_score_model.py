@@ -230,6 +230,25 @@ def test_all_variants_are_the_same_teacher(page):
     assert page["graph"].path == Path("score.onnx")
 
 
+@torch.no_grad()
+def test_the_published_conventions_that_the_page_names(page):
+    """score_sde networks return -score * std and are told 999 t; Equinox has int_beta = t."""
+
+    class ScoreSDE(nn.Module):
+        def forward(self, x_t, labels):
+            std = (-torch.expm1(-integral(labels / 999))).sqrt()
+            return -page["score"](labels / 999, x_t) * std[:, None]
+
+    schedule = SDESchedule(BETA_MIN, BETA_MAX)
+    teacher = teacher_of(ScoreSDE(), schedule, 50, TimeNetwork, end_time=999)
+    wanted = page["teacher"].sample(page["x_T"])
+    torch.testing.assert_close(teacher.sample(page["x_T"]), wanted, rtol=1e-3, atol=1e-3)
+    time = torch.tensor([0.5, 4.0, 10.0])
+    equinox = SDESchedule(10, 10)
+    torch.testing.assert_close(equinox.alpha(time * 1000 / 10), (-time / 2).exp())
+    torch.testing.assert_close(equinox.sigma(time * 1000 / 10), (1 - (-time).exp()).sqrt())
+
+
 @pytest.mark.parametrize("spatial", [(3,), (3, 2)])
 def test_convolution_kernels_of_flax(page, spatial):
     """Against the definition, sum over offsets and channels, of a kernel (..., in, out)."""
@@ -268,10 +287,9 @@ def test_the_student_beats_plain_ddim_on_held_out_noise(page):
 
 @pytest.mark.slow
 def test_students_of_three_seeds_beat_plain_ddim(page):
+    size = {"iterations": 60, "num_envs": 128, "bank_size": 1024, "num_held_out": 500}
     for seed in range(3):
-        result = distill(
-            page["teacher"], 2, iterations=100, num_envs=256, learning_rate=3e-3, seed=seed
-        )
+        result = distill(page["teacher"], 2, **size, learning_rate=3e-3, seed=seed)
         errors = {name: row["paired_mse"] for name, row in result.report["held_out"].items()}
         assert errors["student"] < 0.1 * errors["ddim_searched"]
 
