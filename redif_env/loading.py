@@ -74,7 +74,10 @@ def noise_schedule(scheduler: SchedulerMixin) -> NoiseSchedule:
             config.sigma_min, config.sigma_max, config.rho, config.num_train_timesteps
         )
     if hasattr(scheduler, "alphas_cumprod"):
-        return VPSchedule(scheduler.alphas_cumprod)
+        alpha_bar = scheduler.alphas_cumprod.clone()
+        if config.get("rescale_betas_zero_snr"):
+            alpha_bar[-1] = 0.0  # some write 2^-24, which can be more than the entry before it
+        return VPSchedule(alpha_bar)
     raise InvalidArgumentError(
         "scheduler", name, "pass a scheduler with alphas_cumprod, a FlowMatch* or an EDM* one."
     )
