@@ -509,7 +509,7 @@ def _size(network: Any, latent_size: int | tuple[int, ...] | None) -> tuple[int,
             "teacher", name, "its config has no sample_size: add one, or pass latent_size."
         )
     height, width = (size, size) if isinstance(size, int) else size
-    side = families.patch_side(network)
+    side = families.side_multiple(network)
     for length in (height, width):
         if check_integer("latent_size", length, 1) % side:
             raise InvalidArgumentError("latent_size", size, f"pass multiples of {side}.")

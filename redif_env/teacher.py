@@ -289,7 +289,8 @@ class TeacherBank:
             The bank, on the teacher's device.
 
         Raises:
-            InvalidArgumentError: for a size, split, seed or batch size that makes no sense.
+            InvalidArgumentError: for a size, split, seed or batch size that makes no sense, and for
+                answers that are not finite.
             CacheError: if the cache cannot be written, for example on a full disk. Nothing partial
                 is left behind.
         """
@@ -341,7 +342,15 @@ def _ask(
         rows = slice(start, start + batch_size)
         classes = None if condition is None else condition[rows].to(teacher.device)
         answers.append(teacher.sample(x_T[rows].to(teacher.device), classes).cpu())
-    return cls(x_T, torch.cat(answers), condition)
+    teacher_x_0 = torch.cat(answers)
+    if not bool(teacher_x_0.isfinite().all()):
+        raise InvalidArgumentError(
+            "teacher",
+            "answers of NaN or infinity",
+            "look at its network, prediction type and schedule; float16 overflows: try another "
+            "dtype.",
+        )
+    return cls(x_T, teacher_x_0, condition)
 
 
 def _read(path: Path, key: str) -> TeacherBank | None:

@@ -357,6 +357,11 @@ BAD = {
         InvalidArgumentError,
         "latent_size",
     ),
+    "latents that can not be halved as often as the network does": (
+        lambda f, tmp: load_teacher(made("pixels"), latent_size=(8, 7)),
+        InvalidArgumentError,
+        "latent_size",
+    ),
     "a table of a wrong width": (
         lambda f, tmp: load_teacher(
             f, conditions=Conditions({"encoder_hidden_states": torch.zeros(2, 5, 9)})
