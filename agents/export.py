@@ -220,14 +220,17 @@ def load_adaptive(folder: str | Path) -> AdaptivePipeline:
     )
 
 
+def can_export(student: Denoiser) -> bool:
+    """Whether a student's network is a diffusers model, which `export_student` needs."""
+    return hasattr(_diffusers_network(student), "save_pretrained")
+
+
 def _exportable(student: Denoiser) -> Denoiser:
-    student = merge(student)
-    network = _diffusers_network(student)
-    if not hasattr(network, "save_pretrained"):
+    if not can_export(student):
         raise InvalidArgumentError(
-            "student", type(network).__name__, "only diffusers models can be exported."
+            "student", type(student.network).__name__, "only diffusers models can be exported."
         )
-    return student
+    return merge(student)
 
 
 def _is_edm(student: Denoiser) -> bool:
