@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -508,7 +508,10 @@ def _size(network: Any, latent_size: int | tuple[int, ...] | None) -> tuple[int,
         raise TeacherFolderError(
             "teacher", name, "its config has no sample_size: add one, or pass latent_size."
         )
-    height, width = (size, size) if isinstance(size, int) else size
+    sides = (size, size) if isinstance(size, int) else size
+    if not isinstance(sides, Sequence) or len(sides) != 2:
+        raise InvalidArgumentError("latent_size", size, "pass a height and width, or one integer.")
+    height, width = sides
     side = families.side_multiple(network)
     for length in (height, width):
         if check_integer("latent_size", length, 1) % side:
