@@ -18,7 +18,13 @@ from . import families
 from .adapters import EDMNetwork
 from .conditions import Conditions
 from .denoiser import Denoiser, call_network
-from .errors import InvalidArgumentError, TeacherFolderError, check_integer, check_number
+from .errors import (
+    InvalidArgumentError,
+    TeacherFolderError,
+    check_choice,
+    check_integer,
+    check_number,
+)
 from .noise import FlowSchedule, NoiseSchedule, VESchedule, VPSchedule
 from .prompts import encode_prompts, load_prompts, read_texts
 from .solvers import KernelSolver
@@ -144,6 +150,7 @@ def build_denoiser(
     schedule, predicts = noise_schedule(scheduler), prediction_type(scheduler)
     call, module = families.NETWORKS[type(network)], network
     if isinstance(schedule, VESchedule):
+        check_choice("prediction_type", predicts, ("epsilon", "v_prediction"))
         sign = -1.0 if predicts == "v_prediction" else 1.0
         module = EDMNetwork(network, schedule, scheduler.config.sigma_data, sign)
         call, predicts = call_network, "sample"

@@ -276,6 +276,12 @@ def test_a_teacher_that_answers_nan_is_refused_and_not_cached(tmp_path):
     assert not list(tmp_path.glob("*.safetensors"))
 
 
+def test_an_edm_network_predicts_what_edm_schedulers_know():
+    """They fail with other kinds; to take one for another would be silent."""
+    with pytest.raises(InvalidArgumentError, match="prediction_type='sample'"):
+        build_denoiser(UNet2DModel(8), EDMEulerScheduler(prediction_type="sample"), {})
+
+
 class Told(nn.Module):
     def forward(self, x_t, t, embedding):
         return x_t + embedding
