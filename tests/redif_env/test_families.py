@@ -169,6 +169,12 @@ def own_cache(monkeypatch, tmp_path):
     return tmp_path / "cache"
 
 
+def test_a_mark_of_byte_order_is_no_part_of_a_prompt(tmp_path):
+    """Windows' editors write one at the start of a file."""
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfdog\r\n\r\n cat \r\n")
+    assert redif_env.prompts.read_texts(tmp_path / "prompts.txt") == ["dog", "cat"]
+
+
 def refuse(*args, **kwargs):
     raise AssertionError("the encoders were loaded")
 
@@ -354,6 +360,21 @@ BAD = {
     ),
     "latents that make no whole tokens": (
         lambda f, tmp: load_teacher(made("DiT"), latent_size=7),
+        InvalidArgumentError,
+        "latent_size",
+    ),
+    "latents of three sides": (
+        lambda f, tmp: load_teacher(made("pixels"), latent_size=(8, 8, 8)),
+        InvalidArgumentError,
+        "latent_size",
+    ),
+    "latents of half a side": (
+        lambda f, tmp: load_teacher(made("pixels"), latent_size=8.5),
+        InvalidArgumentError,
+        "latent_size",
+    ),
+    "latents that can not be halved as often as the network does": (
+        lambda f, tmp: load_teacher(made("pixels"), latent_size=(8, 7)),
         InvalidArgumentError,
         "latent_size",
     ),

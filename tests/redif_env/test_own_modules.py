@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from agents import ReDiFPPO
 from redif_env import (
+    Conditions,
     Denoiser,
     EDMNetwork,
     KernelSolver,
@@ -231,3 +233,71 @@ def test_edm_sigmas_are_karras():
 def test_infinite_sigma_is_refused():
     with pytest.raises(InvalidArgumentError, match="infinite"):
         SigmaNetwork(Exact(), FlowSchedule())
+
+
+class Returns(nn.Module):
+    """A network that returns what `make` makes of `x_t`."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.make = make
+
+    def forward(self, x_t, t):
+        return self.make(self.weight * x_t)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda x: x.mean(1, keepdim=True), r"\[4, 1\].*\[4, 2\]"),  # would broadcast
+        (lambda x: x[:1], r"\[1, 2\].*\[4, 2\]"),
+        (lambda x: (x,), "tuple"),
+        (lambda x: None, "NoneType"),
+    ],
+)
+def test_a_network_that_returns_something_else_is_refused(make, message):
+    denoiser = Denoiser(Returns(make), VP, "sample", (2,))
+    with pytest.raises(InvalidArgumentError, match=message) as caught:
+        denoiser(torch.ones(4, 2), torch.full((4,), 500.0))
+    assert caught.value.argument == "network"
+    # negative control: like x_t, or an object that holds it as diffusers' do
+    for good in (lambda x: x, lambda x: SimpleNamespace(sample=x)):
+        denoiser = Denoiser(Returns(good), VP, "sample", (2,))
+        assert torch.equal(denoiser(torch.ones(4, 2), torch.full((4,), 500.0)), torch.ones(4, 2))
+
+
+def test_a_teacher_that_answers_nan_is_refused_and_not_cached(tmp_path):
+    """Otherwise the reward is blamed, and the answers stay in the cache."""
+    denoiser = Denoiser(Returns(lambda x: x * math.nan), VP, "sample", (2,))
+    teacher = Teacher(denoiser, functools.partial(KernelSolver, denoiser), 2)
+    with pytest.raises(InvalidArgumentError, match=r"teacher=.*NaN"):
+        TeacherBank.build(teacher, 4, cache_dir=tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_an_edm_network_predicts_what_edm_schedulers_know():
+    """They fail with other kinds; to take one for another would be silent."""
+    with pytest.raises(InvalidArgumentError, match="prediction_type='sample'"):
+        build_denoiser(UNet2DModel(8), EDMEulerScheduler(prediction_type="sample"), {})
+
+
+class Told(nn.Module):
+    def forward(self, x_t, t, embedding):
+        return x_t + embedding
+
+
+def test_a_table_of_other_names_is_refused():
+    good, bad = (Conditions({name: torch.ones(3, 2)}) for name in ("embedding", "text"))
+    with pytest.raises(InvalidArgumentError, match=r"conditions=.*text.*Told") as caught:
+        Denoiser(Told(), VP, "sample", (2,), conditions=bad)
+    assert caught.value.argument == "conditions"
+    wrapped = SigmaNetwork(Told(), VP)  # passes names on, whatever they are
+    assert Denoiser(wrapped, VP, "sample", (2,), conditions=good).num_classes == 3
+    denoiser = Denoiser(Told(), VP, "sample", (2,), conditions=good)
+    x_0 = denoiser(torch.ones(1, 2), torch.ones(1), torch.zeros(1).long())
+    assert torch.equal(x_0, torch.full((1, 2), 2.0))
+    # Compiled code does not say its arguments, and is taken as it is.
+    example = (torch.ones(1, 2), torch.ones(1), torch.ones(1, 2))
+    compiled = torch.jit.trace(Told(), example)
+    assert Denoiser(compiled, VP, "sample", (2,), conditions=good).num_classes == 3
