@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import schedules
+from ..codec import Codec, decoding_once
 from ..denoiser import Denoiser
 from ..errors import InvalidArgumentError, InvalidRewardError, check_number
 from ..noise import expand
@@ -66,6 +67,11 @@ class Reward(ABC):
     @property
     def name(self) -> str:
         return type(self).__name__.lower()
+
+    @property
+    def decoded_by(self) -> Codec | None:
+        """The codec that `nfe` counts twice, whose pixels the terms of a sum share; or None."""
+        return None
 
     @abstractmethod
     def __call__(self, x_0: Tensor, teacher_x_0: Tensor, condition: Tensor | None) -> Tensor:
@@ -179,12 +185,14 @@ class WeightedSum(Reward):
         self.has_map = any(term.has_map for _, term in terms)
         self.differentiable = all(term.differentiable for _, term in terms)
         self.over_batch = any(term.over_batch for _, term in terms)
-        self.nfe = sum(term.nfe for _, term in terms)
+        codecs = [id(term.decoded_by) for _, term in terms if term.decoded_by is not None]
+        self.nfe = sum(term.nfe for _, term in terms) - 2 * (len(codecs) - len(set(codecs)))
 
     @property
     def name(self) -> str:
         return "+".join(f"{weight:g}*{term.name}" for weight, term in self.terms)
 
+    @decoding_once()
     def __call__(self, x_0: Tensor, teacher_x_0: Tensor, condition: Tensor | None) -> Tensor:
         parts = [weight * term(x_0, teacher_x_0, condition) for weight, term in self.terms]
         return sum(parts[1:], start=parts[0])
@@ -198,6 +206,7 @@ class WeightedSum(Reward):
     ) -> tuple[Tensor, Tensor | None]:
         return self.detailed(x_0, teacher_x_0, condition)[:2]
 
+    @decoding_once()
     def detailed(self, x_0: Tensor, teacher_x_0: Tensor, condition: Tensor | None) -> Score:
         total, total_map = x_0.new_zeros(len(x_0)), torch.zeros_like(x_0)
         terms: dict[str, Tensor] = {}

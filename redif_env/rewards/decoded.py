@@ -13,8 +13,8 @@ class Decoded(Reward):
     """A reward of the decoded samples and answers, which are images about in [-1, 1].
 
     A map, where the reward has one, is of pixels; it is averaged down to the latents where it is
-    used. Each score decodes every sample and every answer: at few steps that may cost more than
-    the student does, and a reward of the latents themselves costs nothing.
+    used. Each score decodes every sample and every answer, once for all terms of a sum: at few
+    steps that may cost more than the student does, and a reward of the latents costs nothing.
 
     Args:
         reward: Of pixels, or the name of one.
@@ -47,6 +47,10 @@ class Decoded(Reward):
     @property
     def name(self) -> str:
         return f"decoded({self.inner.name})"
+
+    @property
+    def decoded_by(self) -> Codec:
+        return self.codec
 
     def __call__(self, x_0: Tensor, teacher_x_0: Tensor, condition: Tensor | None) -> Tensor:
         return self.inner(*self._decoded(x_0, teacher_x_0), condition)
