@@ -172,7 +172,7 @@ class Discriminator(OnlineReward):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"])
+        self.generator.set_state(state["generator"].cpu())
         self.updates = state["updates"]
 
     def _step(self, student: Tensor, teacher: Tensor, condition: Tensor | None) -> Tensor:
