@@ -6,7 +6,8 @@ from torch import Tensor
 
 from ..codec import Codec
 from ..errors import InvalidArgumentError
-from .base import Reward, Score, WeightedSum, make_reward
+from .base import Reward, Score, WeightedSum, evaluate_terms, make_reward
+from .online import online_terms
 
 
 class Decoded(Reward):
@@ -21,8 +22,8 @@ class Decoded(Reward):
         codec: The teacher's, `teacher.codec`.
 
     Raises:
-        InvalidArgumentError: without a codec; for a sum of terms with and without maps, whose map
-            counts the latter once a *pixel*: add decoded terms instead.
+        InvalidArgumentError: without a codec; for a reward that is trained; for a sum of terms with
+            and without maps, whose map counts the latter once a *pixel*: add decoded terms instead.
     """
 
     def __init__(self, reward: str | Reward, codec: Codec) -> None:
@@ -37,6 +38,13 @@ class Decoded(Reward):
                 "reward",
                 self.inner.name,
                 "decode term by term: Decoded(a, codec) + Decoded(b, codec).",
+            )
+        # A distance within the batch has no memory to update.
+        if not all(term.over_batch for term in online_terms(self.inner)):
+            raise InvalidArgumentError(
+                "reward",
+                self.inner.name,
+                "it would never be updated: decode in its features= or network= instead.",
             )
         self.codec = codec
         self.has_map = self.inner.has_map
@@ -64,7 +72,7 @@ class Decoded(Reward):
         return self.inner.score(*self._decoded(x_0, teacher_x_0), condition)
 
     def detailed(self, x_0: Tensor, teacher_x_0: Tensor, condition: Tensor | None) -> Score:
-        score = self.inner.detailed(*self._decoded(x_0, teacher_x_0), condition)
+        score = evaluate_terms(self.inner, *self._decoded(x_0, teacher_x_0), condition)
         terms = {f"decoded({name})": values for name, values in score.terms.items()}
         return score._replace(terms=terms)
 

@@ -151,6 +151,8 @@ class Discriminator(OnlineReward):
     def update(
         self, x_0: Tensor, teacher_x_0: Tensor, condition: Tensor | None
     ) -> dict[str, float]:
+        if not len(x_0):  # the loss of no rows is NaN, and so would all weights be
+            return {}
         self._to(x_0.device)
         history = []
         with torch.enable_grad():

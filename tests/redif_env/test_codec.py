@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
 from redif_env import MSE, SSIM, Codec, Cosine, Decoded, Reward
 from redif_env.errors import InvalidArgumentError
 from redif_env.families import make_codec, pixel_factor
-from redif_env.rewards import evaluate, fit_map
+from redif_env.rewards import Discriminator, EnergyDistance, evaluate, fit_map
 
 BLOCKS = {
     "down_block_types": ("DownEncoderBlock2D",) * 2,
@@ -175,5 +175,9 @@ def test_gradients_flow_though_a_term_before_wants_none():
 def test_what_can_not_be_decoded_is_refused():
     with pytest.raises(InvalidArgumentError, match="codec=None"):
         Decoded("mse", None)
+    for reward in (Discriminator((4, 8, 12)), EnergyDistance(memory=8) + Cosine()):
+        with pytest.raises(InvalidArgumentError, match="never be updated"):
+            Decoded(reward, CODEC)
+    assert Decoded(EnergyDistance(), CODEC).over_batch
     with pytest.raises(InvalidArgumentError, match="term by term"):
         Decoded("mse + cosine", CODEC)
