@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .code_key import own_code
 from .codec import Codec
 from .denoiser import Denoiser
 from .errors import CacheError, InvalidArgumentError, check_choice, check_integer
@@ -101,7 +102,7 @@ class Teacher:
         )
 
     def fingerprint(self) -> str:
-        """Hex digest of all that the answers depend on: weights, guidance, solver, steps."""
+        """Hex digest of what the answers depend on: weights, code, guidance, solver, steps."""
         solver = self.make_solver()
         digest = hashlib.sha256()
         # Private entries of a config depend on how it was loaded, and their order on the process.
@@ -118,6 +119,7 @@ class Teacher:
             self.denoiser.latent_shape,
             _scales(self.denoiser.schedule),
             *_architecture(self.denoiser.network),
+            *own_code(self.denoiser.network, self.denoiser.call),
         ]
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
         _update(digest, self.denoiser.network.state_dict())
