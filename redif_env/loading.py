@@ -152,7 +152,7 @@ def build_denoiser(
     if isinstance(schedule, VESchedule):
         check_choice("prediction_type", predicts, ("epsilon", "v_prediction"))
         sign = -1.0 if predicts == "v_prediction" else 1.0
-        module = EDMNetwork(network, schedule, scheduler.config.sigma_data, sign)
+        module = EDMNetwork(network, schedule, scheduler.config.sigma_data, sign, call)
         call, predicts = call_network, "sample"
     return Denoiser(
         module,
