@@ -339,7 +339,7 @@ BROKEN = {
     PoleAtCopies: "copy",
     Fickle: "second call",
     Ranked: "row 0 scores otherwise",
-    InPlace: "x_0 was changed",
+    InPlace: "changed='x_0'",
     AnotherMean: r"differs from reward\.score|not the mean",
     SmallMap: "shape",
     Integer: "floats",
