@@ -23,9 +23,10 @@ LARGER_IS_BETTER = frozenset(
     {"psnr", "ssim", "label_agreement", "label_balance"}
     | {"precision", "recall", "density", "coverage"}
 )
+# Of these more than the floor is no virtue: samples that all look typical have more of both.
+UNRANKED = frozenset({"precision", "density"})
 # Of answers compared with themselves, which need no measuring; 106 dB for a copy is a convention.
 PAIRED_FLOORS = {"paired_mse": 0.0, "feature_distance": 0.0, "ssim": 1.0}
-PAIRED = frozenset({*PAIRED_FLOORS, "psnr"})
 SMALLEST_SSIM = 6  # pixels; the window's radius is 5
 K = 5  # neighbours, as Naeem et al. 2020
 
@@ -134,7 +135,7 @@ def evaluate(
     Returns:
         `floor`: an interval by figure. `methods`: by name and figure an interval and, where there
         is a floor, its `excess` over it, an interval too, larger than 0 where the method is worse.
-        `comparisons`: of each figure and each pair, the difference in an interval that holds
+        `comparisons`: of each figure but precision and density, and each pair, the difference in an interval that holds
         simultaneously for the figure's pairs (Holm), the p-value, Holm's, and the verdict on the
         first of the two, see `intervals.verdict`. All plain data.
 
@@ -267,7 +268,7 @@ def _described(
 
 
 def _floor(name: str, like: Draws, floor: Mapping[str, Draws]) -> Draws | None:
-    """The floor of a figure; None where nothing is the best that can be had, as of a PSNR."""
+    """The floor of a figure; None where there is none, as of a PSNR."""
     if name in PAIRED_FLOORS:
         return Draws(PAIRED_FLOORS[name], torch.full_like(like.values, PAIRED_FLOORS[name]))
     return floor.get(name)
@@ -278,7 +279,8 @@ def _compare(
 ) -> list[dict[str, Any]]:
     """Each pair of methods by each figure that both have; a figure's pairs are a family."""
     comparisons = []
-    for figure in dict.fromkeys(name for own in drawn.values() for name in own):
+    figures = dict.fromkeys(name for own in drawn.values() for name in own)
+    for figure in (name for name in figures if name not in UNRANKED):
         having = [name for name, own in drawn.items() if figure in own]
         pairs = list(itertools.combinations(having, 2))
         differences = [drawn[first][figure] - drawn[second][figure] for first, second in pairs]

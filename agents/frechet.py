@@ -17,27 +17,40 @@ from torch import Tensor
 
 
 class Moments(NamedTuple):
-    """Mean `(F,)` and covariance `(F, F)` of features, float64."""
+    """Means `(B, F)` and covariances `(B, F, F)` of B resamples of features, float64."""
 
     mean: Tensor
     covariance: Tensor
 
 
 def moments(features: Tensor, counts: Tensor | None = None) -> Moments:
-    """Unbiased moments of features `(N, F)`, each row as often as `counts` `(N,)` says."""
+    """Unbiased moments of features `(N, F)`.
+
+    Args:
+        features: One row a sample.
+        counts: How often each row counts, `(B, N)`; default: once, B = 1.
+    """
     features = features.double()
     if counts is None:
-        counts = torch.ones_like(features[:, 0])
-    total = counts.sum()
+        counts = torch.ones_like(features[:, 0])[None]
+    # Taken away first: what is left of the means below is small, and so is what cancels.
+    centre = features.mean(0)
+    features = features - centre
+    total = counts.sum(1)[:, None]
     mean = counts @ features / total
-    centred = features - mean
-    return Moments(mean, centred.T @ (counts[:, None] * centred) / (total - 1))
+    second = features.T @ (counts[:, :, None] * features)
+    covariance = second - total[:, :, None] * mean[:, :, None] * mean[:, None, :]
+    return Moments(mean + centre, covariance / (total[:, :, None] - 1))
 
 
 def distance(x: Moments, y: Moments) -> Tensor:
-    """The Frechet distance, a float64 scalar, not below 0 but for rounding."""
+    """The Frechet distances, float64 `(B,)`, not below 0 but for rounding."""
     values, vectors = torch.linalg.eigh(y.covariance)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ x.covariance @ root).clamp_min(0).sqrt().sum()
-    shift = (x.mean - y.mean).square().sum()
-    return shift + x.covariance.trace() + y.covariance.trace() - 2 * cross
+    root = (vectors * values.clamp_min(0).sqrt()[:, None, :]) @ vectors.mT
+    cross = torch.linalg.eigvalsh(root @ x.covariance @ root).clamp_min(0).sqrt().sum(1)
+    shift = (x.mean - y.mean).square().sum(1)
+    return shift + _trace(x.covariance) + _trace(y.covariance) - 2 * cross
+
+
+def _trace(matrices: Tensor) -> Tensor:
+    return matrices.diagonal(dim1=1, dim2=2).sum(1)

@@ -24,6 +24,7 @@ from .diversity import balance, lies_in
 Statistic = Callable[[Tensor, Tensor], Tensor]
 
 MAX_PAIRWISE = 4000
+CHUNK = 2**17  # numbers of resamples that are worked on at once: what fits a processor's cache
 
 
 def estimate(statistic: Statistic, num: int, num_reference: int, device: torch.device) -> Tensor:
@@ -41,12 +42,15 @@ def mean(values: Tensor) -> Statistic:
 def frechet_distance(samples: Tensor, reference: Tensor) -> Statistic:
     """See `frechet`; of features `(N, F)` and `(M, F)`."""
 
+    rows = max(len(samples), len(reference), samples.shape[1])
+    size = max(1, CHUNK // (rows * samples.shape[1]))
+
     def statistic(counts: Tensor, reference_counts: Tensor) -> Tensor:
-        pairs = zip(counts, reference_counts, strict=True)
-        return torch.stack(
+        parts = zip(counts.split(size), reference_counts.split(size), strict=True)
+        return torch.cat(
             [
                 frechet.distance(frechet.moments(samples, own), frechet.moments(reference, other))
-                for own, other in pairs
+                for own, other in parts
             ]
         )
 
@@ -179,14 +183,19 @@ def sliced_wasserstein(
     directions = torch.nn.functional.normalize(directions, dim=1).to(x.device)
     places, order = (torch.cat([x, y]) @ directions.T).sort(dim=0)
     gaps = places.diff(dim=0)
+    size = max(1, CHUNK // len(order))
+
+    def distance(signed: Tensor) -> Tensor:
+        """Of masses less the reference's, `(N + M, B)`."""
+        total = torch.zeros_like(signed[0])
+        for own_order, own_gaps in zip(order.T, gaps.T, strict=True):
+            total += own_gaps @ signed[own_order].cumsum(0)[:-1].abs_()
+        return total / num_directions
 
     def statistic(counts: Tensor, reference_counts: Tensor) -> Tensor:
         mass = counts / counts.sum(1, keepdim=True)
         other = reference_counts / reference_counts.sum(1, keepdim=True)
         signed = torch.cat([mass, -other], dim=1)
-        total = torch.zeros_like(signed[:, 0])
-        for own_order, own_gaps in zip(order.T, gaps.T, strict=True):
-            total += signed[:, own_order].cumsum(1)[:, :-1].abs() @ own_gaps
-        return total / num_directions
+        return torch.cat([distance(part.T.contiguous()) for part in signed.split(size)])
 
     return statistic
