@@ -16,7 +16,7 @@ from redif_env.rewards.pixel import MSE, PSNR, SSIM
 
 from . import metrics
 from .evaluation import Judge
-from .intervals import Draws, Interval, holm, holm_levels, resample, verdict
+from .intervals import Draws, holm, holm_levels, resample, verdict
 from .metrics import Statistic
 
 LARGER_IS_BETTER = frozenset(
@@ -135,18 +135,19 @@ def evaluate(
     Returns:
         `floor`: an interval by figure. `methods`: by name and figure an interval and, where there
         is a floor, its `excess` over it, an interval too, larger than 0 where the method is worse.
-        `comparisons`: of each figure but precision and density, and each pair, the difference in an interval that holds
-        simultaneously for the figure's pairs (Holm), the p-value, Holm's, and the verdict on the
-        first of the two, see `intervals.verdict`. All plain data.
+        `comparisons`: of each figure but precision and density, and each pair, the difference in
+        an interval that holds simultaneously for the figure's pairs (Holm), the p-value, Holm's,
+        and the verdict on the first of the two, see `intervals.verdict`. All plain data.
 
     Raises:
         InvalidArgumentError: for samples of other shapes or numbers than the answers', or not
-            finite; for fewer rows than neighbours.
+            finite; for fewer rows than neighbours; for a judge of other images.
     """
     features = features or Features()
     num_resamples = check_integer("num_resamples", num_resamples, 100)
     level = check_number("level", level, 0.5, 0.999)
     _check(methods, yardstick)
+    _check_judge(features.judge, yardstick.answers.shape[1:])
     bench = _prepare(yardstick, features, num_resamples, seed)
     floor = _draws(Method([yardstick.answers], yardstick.condition, paired=False), bench, True)
     drawn = {name: _draws(method, bench, method.paired) for name, method in methods.items()}
@@ -218,9 +219,7 @@ def _label_figures(
     return found
 
 
-def _prepare(
-    yardstick: Yardstick, features: Features, num_resamples: int, seed: int
-) -> _Bench:
+def _prepare(yardstick: Yardstick, features: Features, num_resamples: int, seed: int) -> _Bench:
     generator = torch.Generator().manual_seed(check_integer("seed", seed, 0))
     device = yardstick.answers.device
     inception = features.inception
@@ -239,7 +238,7 @@ def _draws(method: Method, bench: _Bench, shares_tasks: bool) -> dict[str, Draws
     """The bootstrap distribution of each figure of a method."""
     counts = bench.task_counts
     if not shares_tasks:
-        counts = resample(*counts.shape, bench.generator).to(counts.device)
+        counts = resample(len(counts), counts.shape[1], bench.generator).to(counts.device)
     found: dict[str, list[tuple[Tensor, Tensor]]] = {}
     num, num_reference = counts.shape[1], bench.reference_counts.shape[1]
     for samples in method.samples:
@@ -248,10 +247,12 @@ def _draws(method: Method, bench: _Bench, shares_tasks: bool) -> dict[str, Draws
             figure = metrics.estimate(statistic, num, num_reference, counts.device)
             values = statistic(counts, bench.reference_counts)
             found.setdefault(name, []).append((figure.cpu(), values.cpu()))
-    return {
-        name: Draws.of(*(torch.stack(parts) for parts in zip(*seeds, strict=True)), bench.generator)
-        for name, seeds in found.items()
-    }
+    return {name: _over_seeds(seeds, bench.generator) for name, seeds in found.items()}
+
+
+def _over_seeds(seeds: Sequence[tuple[Tensor, Tensor]], generator: torch.Generator) -> Draws:
+    figures, values = (torch.stack(parts) for parts in zip(*seeds, strict=True))
+    return Draws.of(figures, values, generator)
 
 
 def _described(
@@ -325,6 +326,22 @@ def _check(methods: Mapping[str, Method], yardstick: Yardstick) -> None:
                     f"{len(samples)} rows",
                     f"pass {len(yardstick.answers)}, as many as the floor is measured on.",
                 )
+        if method.condition is not None and len(method.condition) != len(yardstick.answers):
+            raise InvalidArgumentError(
+                name, f"{len(method.condition)} classes", "pass one a sample, or None."
+            )
+
+
+def _check_judge(judge: Judge | None, shape: torch.Size) -> None:
+    if judge is None:
+        return
+    channels, side = judge.config["in_channels"], judge.config["sample_size"]
+    if tuple(shape) != (channels, side, side):
+        raise InvalidArgumentError(
+            "judge",
+            f"one of images of {(channels, side, side)}",
+            f"pass one that was trained for samples of {tuple(shape)}, or None.",
+        )
 
 
 def _check_rows(name: str, samples: Tensor, shape: torch.Size) -> None:

@@ -76,7 +76,7 @@ class Draws:
         return Draws(self.estimate - other.estimate, self.values - other.values)
 
     def interval(self, level: float = 0.95) -> Interval:
-        """The percentile interval (Efron and Tibshirani 1993, section 13.3) of a level in (0, 1)."""
+        """The percentile interval (Efron and Tibshirani 1993, section 13.3), of a level below 1."""
         tail = (1 - check_number("level", level, 1e-6, 1 - 1e-6)) / 2
         low, high = self.values.quantile(self.values.new_tensor([tail, 1 - tail])).tolist()
         return Interval(self.estimate, low, high)
@@ -118,9 +118,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
             and none is left smaller than the one before.
     """
     order = _order(p_values)
-    scaled = [
-        min(1.0, (len(order) - rank) * p_values[index]) for rank, index in enumerate(order)
-    ]
+    scaled = [min(1.0, (len(order) - rank) * p_values[index]) for rank, index in enumerate(order)]
     adjusted = dict(zip(order, itertools.accumulate(scaled, max), strict=True))
     return [adjusted[index] for index in range(len(order))]
 

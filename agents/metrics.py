@@ -29,7 +29,9 @@ CHUNK = 2**17  # numbers of resamples that are worked on at once: what fits a pr
 
 def estimate(statistic: Statistic, num: int, num_reference: int, device: torch.device) -> Tensor:
     """The figure itself, of N samples and M reference rows, a float64 scalar."""
-    ones = [torch.ones(1, rows, dtype=torch.float64, device=device) for rows in (num, num_reference)]
+    ones = [
+        torch.ones(1, rows, dtype=torch.float64, device=device) for rows in (num, num_reference)
+    ]
     return statistic(*ones)[0]
 
 
@@ -41,7 +43,6 @@ def mean(values: Tensor) -> Statistic:
 
 def frechet_distance(samples: Tensor, reference: Tensor) -> Statistic:
     """See `frechet`; of features `(N, F)` and `(M, F)`."""
-
     rows = max(len(samples), len(reference), samples.shape[1])
     size = max(1, CHUNK // (rows * samples.shape[1]))
 

@@ -58,7 +58,7 @@ def gaussian_kernel(x: Tensor, y: Tensor, bandwidth: float | Tensor) -> Tensor:
 
 
 def polynomial_kernel(x: Tensor, y: Tensor) -> Tensor:
-    """`(x y / F + 1)^3`, `(n, m)`: that of the kernel inception distance (Binkowski et al. 2018)."""
+    """`(x y / F + 1)^3`, `(n, m)`: the kernel inception distance's (Binkowski et al. 2018)."""
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
