@@ -7,10 +7,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from matplotlib.image import imsave
 from safetensors.torch import save_file
 
-from agents.export import export_student
+from agents.choices import make_head
+from agents.export import export_adaptive, export_student
+from agents.sampling import sample
 from examples import evaluate
 from examples.evaluate import Args, parse_methods, read_samples
 from redif_env import TeacherBank, schedules
@@ -133,3 +136,20 @@ def test_what_is_no_samples_is_a_typed_error(tmp_path, tasks):
         evaluate.main(Args((str(tmp_path / "nowhere"),), **TINY))
     with pytest.raises(InvalidArgumentError, match="out="):
         evaluate.main(Args(("a",), out=tmp_path, **TINY))
+
+
+def test_adaptive_students_choose_their_times(tmp_path, tasks):
+    teacher, bank = tasks
+    student = teacher.denoiser
+    grid = torch.tensor([850.0, 533.0, 120.0, 0.0])
+    shapes = {
+        "latents": spaces.Box(-9, 9, (1, 8, 8)),
+        "condition": spaces.Discrete(10),
+    }
+    head = make_head(spaces.Dict(shapes), student.schedule, grid, adaptive=True)
+    folder = tmp_path / "student"
+    export_adaptive(student, head, teacher.make_solver().config, folder)
+    answer = evaluate.sampler(folder, 4, teacher)
+    expected, _ = sample(student, head, bank.x_T, bank.condition)
+    # the exported copy steps with double-precision scales
+    torch.testing.assert_close(answer(bank.x_T, bank.condition), expected, rtol=0, atol=1e-3)
