@@ -9,10 +9,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 from redif_env.errors import TeacherFolderError
 from redif_env.teacher import TeacherBank
+
+from . import frechet
 
 JUDGE_FOLDER = "judge"
 
@@ -111,10 +112,8 @@ def frechet_distance(judge: Judge, samples: Tensor, reference: Tensor) -> float:
         samples: Images `(N, C, H, W)` in [-1, 1].
         reference: Images `(M, C, H, W)` in [-1, 1].
     """
-    metric = FrechetInceptionDistance(judge, normalize=True).to(samples.device)
-    metric.update(samples, real=False)
-    metric.update(reference, real=True)
-    return float(metric.compute())
+    sides = (frechet.moments(judge(images)) for images in (samples, reference))
+    return float(frechet.distance(*sides))
 
 
 @torch.no_grad()
@@ -138,13 +137,13 @@ def compare(
     Returns:
         `paired_mse`, `frechet` and `label_agreement`.
     """
-    agreement = frechet = None
+    agreement = distance = None
     if judge is not None:
-        frechet = frechet_distance(judge, samples, reference.teacher_x_0)
+        distance = frechet_distance(judge, samples, reference.teacher_x_0)
         if bank.condition is not None:
             agreement = label_agreement(judge, samples, bank.condition)
     return {
         "paired_mse": float((samples - bank.teacher_x_0).square().mean()),
-        "frechet": frechet,
+        "frechet": distance,
         "label_agreement": agreement,
     }

@@ -1,0 +1,353 @@
+"""Methods side by side: figures to a reference, their floors, intervals, and what they show."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from redif_env.errors import InvalidArgumentError, check_integer, check_number
+from redif_env.rewards.distributional import MMD, energy_kernel, polynomial_kernel
+from redif_env.rewards.pixel import MSE, PSNR, SSIM
+
+from . import metrics
+from .evaluation import Judge
+from .intervals import Draws, holm, holm_levels, resample, verdict
+from .metrics import Statistic
+
+LARGER_IS_BETTER = frozenset(
+    {"psnr", "ssim", "label_agreement", "label_balance"}
+    | {"precision", "recall", "density", "coverage"}
+)
+# Of these more than the floor is no virtue: samples that all look typical have more of both.
+UNRANKED = frozenset({"precision", "density"})
+# Of answers compared with themselves, which need no measuring; 106 dB for a copy is a convention.
+PAIRED_FLOORS = {"paired_mse": 0.0, "feature_distance": 0.0, "ssim": 1.0}
+SMALLEST_SSIM = 6  # pixels; the window's radius is 5
+K = 5  # neighbours, as Naeem et al. 2020
+
+Extractor = Callable[[Tensor], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Yardstick:
+    """What methods are measured against.
+
+    Attributes:
+        answers: Samples of the reference's own distribution, `(N, ...)`: the floor is measured on
+            them. With a teacher, its answers to the tasks.
+        reference: Others of the same distribution, `(M, ...)`, on other noise, so that sharing
+            noise with the answers gives no advantage.
+        condition: Classes of the answers, int64 `(N,)`, or None.
+    """
+
+    answers: Tensor
+    reference: Tensor
+    condition: Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What a method drew.
+
+    Attributes:
+        samples: One tensor `(N, ...)` a training seed.
+        condition: Classes that were asked for, int64 `(N,)`, or None.
+        paired: Whether row i answers the task of row i of the yardstick's answers.
+    """
+
+    samples: Sequence[Tensor]
+    condition: Tensor | None = None
+    paired: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """What samples are seen through.
+
+    Attributes:
+        judge: Features and labels; None leaves out what needs labels, and sees points `(N, F)` as
+            they are, images flattened.
+        inception: Of `inception.load_inception`; None leaves out the standard FID.
+    """
+
+    judge: Judge | None = None
+    inception: Extractor | None = None
+
+    def see(self, samples: Tensor) -> Tensor:
+        """Features `(N, F)` for all but the standard FID."""
+        return samples.flatten(1) if self.judge is None else self.judge(samples)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bench:
+    """The yardstick as seen, and the resamples that methods share.
+
+    Attributes:
+        yardstick, features: As given.
+        seen: Features of the reference, `(M, F)`.
+        inception_seen: Of the inception network, or None.
+        task_counts: Resamples of tasks, `(B, N)`.
+        reference_counts: Of the reference, `(B, M)`.
+        generator: Goes on with resamples that are not shared.
+    """
+
+    yardstick: Yardstick
+    features: Features
+    seen: Tensor
+    inception_seen: Tensor | None
+    task_counts: Tensor
+    reference_counts: Tensor
+    generator: torch.Generator
+
+
+@torch.no_grad()
+def evaluate(
+    methods: Mapping[str, Method],
+    yardstick: Yardstick,
+    features: Features | None = None,
+    *,
+    num_resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Every figure of every method with its interval, the floor, and comparisons of all pairs.
+
+    Figures of distributions (`frechet`, `kid`, `mmd`, `energy_distance`, `sliced_wasserstein`,
+    `precision`, `recall`, `density`, `coverage`, `label_balance`, `fid`, `inception_kid`) are to
+    `yardstick.reference`; `label_agreement` to the classes asked for; `paired_mse`, `psnr`, `ssim`
+    and `feature_distance`, of paired methods, to `yardstick.answers` row by row. docs/evaluation.md
+    says which of them to trust.
+
+    Args:
+        methods: By name. All have as many rows as the yardstick's answers, because the bias of
+            distances depends on the number.
+        yardstick: What to measure against.
+        features: What to see through; default: samples as they are.
+        num_resamples: Resamples of the bootstrap, B.
+        level: Of the intervals.
+        seed: Of the resamples.
+
+    Returns:
+        `floor`: an interval by figure. `methods`: by name and figure an interval and, where there
+        is a floor, its `excess` over it, an interval too, larger than 0 where the method is worse.
+        `comparisons`: of each figure but precision and density, and each pair, the difference in
+        an interval that holds simultaneously for the figure's pairs (Holm), the p-value, Holm's,
+        and the verdict on the first of the two, see `intervals.verdict`. All plain data.
+
+    Raises:
+        InvalidArgumentError: for samples of other shapes or numbers than the answers', or not
+            finite; for fewer rows than neighbours; for a judge of other images.
+    """
+    features = features or Features()
+    num_resamples = check_integer("num_resamples", num_resamples, 100)
+    level = check_number("level", level, 0.5, 0.999)
+    _check(methods, yardstick)
+    _check_judge(features.judge, yardstick.answers.shape[1:])
+    bench = _prepare(yardstick, features, num_resamples, seed)
+    floor = _draws(Method([yardstick.answers], yardstick.condition, paired=False), bench, True)
+    drawn = {name: _draws(method, bench, method.paired) for name, method in methods.items()}
+    return {
+        "num_samples": len(yardstick.answers),
+        "num_reference": len(yardstick.reference),
+        "level": level,
+        "num_resamples": num_resamples,
+        "floor": {name: dataclasses.asdict(each.interval(level)) for name, each in floor.items()},
+        "methods": {name: _described(own, floor, level) for name, own in drawn.items()},
+        "comparisons": _compare(drawn, floor, level),
+    }
+
+
+def row_figures(samples: Tensor, answers: Tensor, features: Features) -> dict[str, Tensor]:
+    """Paired figures of each row: `paired_mse`, `psnr`, `ssim`, `feature_distance`, `(N,)` each.
+
+    The last is the mean squared difference of the judge's features; without a judge there is none.
+    """
+    rows = {
+        "paired_mse": -MSE()(samples, answers, None),
+        "psnr": PSNR()(samples, answers, None),
+    }
+    if samples.ndim == 4 and min(samples.shape[2:]) >= SMALLEST_SSIM:
+        rows["ssim"] = SSIM()(samples, answers, None)
+    if features.judge is not None:
+        change = features.see(samples) - features.see(answers)
+        rows["feature_distance"] = change.square().mean(1)
+    return rows
+
+
+def statistics(
+    samples: Tensor, condition: Tensor | None, paired: bool, bench: _Bench
+) -> dict[str, Statistic]:
+    """All figures of samples `(N, ...)` by name."""
+    yardstick, features = bench.yardstick, bench.features
+    seen, target = features.see(samples), bench.seen
+    found: dict[str, Statistic] = {}
+    if paired:
+        rows = row_figures(samples, yardstick.answers, features)
+        found |= {name: metrics.mean(values) for name, values in rows.items()}
+    if features.judge is not None:
+        # Not of raw points or pixels, which are no Gaussian: see docs/evaluation.md.
+        found["frechet"] = metrics.frechet_distance(seen, target)
+        found["kid"] = metrics.discrepancy(polynomial_kernel, seen, target)
+    kernel = MMD().fit_kernel(target[: metrics.MAX_PAIRWISE].double())
+    found["mmd"] = metrics.discrepancy(kernel, seen, target)
+    found["energy_distance"] = metrics.discrepancy(energy_kernel, seen, target)
+    found["sliced_wasserstein"] = metrics.sliced_wasserstein(seen, target)
+    found |= metrics.neighbourhoods(seen, target, K)
+    if features.judge is not None:
+        found |= _label_figures(features.judge, samples, condition, yardstick.reference)
+    if features.inception is not None and bench.inception_seen is not None:
+        standard = features.inception(samples)
+        found["fid"] = metrics.frechet_distance(standard, bench.inception_seen)
+        found["inception_kid"] = metrics.discrepancy(
+            polynomial_kernel, standard, bench.inception_seen
+        )
+    return found
+
+
+def _label_figures(
+    judge: Judge, samples: Tensor, condition: Tensor | None, reference: Tensor
+) -> dict[str, Statistic]:
+    labels, targets = (judge.logits(images).argmax(1) for images in (samples, reference))
+    found = {"label_balance": metrics.class_balance(labels, targets)}
+    if condition is not None:
+        found["label_agreement"] = metrics.mean((labels == condition).double())
+    return found
+
+
+def _prepare(yardstick: Yardstick, features: Features, num_resamples: int, seed: int) -> _Bench:
+    generator = torch.Generator().manual_seed(check_integer("seed", seed, 0))
+    device = yardstick.answers.device
+    inception = features.inception
+    return _Bench(
+        yardstick,
+        features,
+        features.see(yardstick.reference),
+        None if inception is None else inception(yardstick.reference),
+        resample(num_resamples, len(yardstick.answers), generator).to(device),
+        resample(num_resamples, len(yardstick.reference), generator).to(device),
+        generator,
+    )
+
+
+def _draws(method: Method, bench: _Bench, shares_tasks: bool) -> dict[str, Draws]:
+    """The bootstrap distribution of each figure of a method."""
+    counts = bench.task_counts
+    if not shares_tasks:
+        counts = resample(len(counts), counts.shape[1], bench.generator).to(counts.device)
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    num, num_reference = counts.shape[1], bench.reference_counts.shape[1]
+    for samples in method.samples:
+        figures = statistics(samples, method.condition, method.paired, bench)
+        for name, statistic in figures.items():
+            figure = metrics.estimate(statistic, num, num_reference, counts.device)
+            values = statistic(counts, bench.reference_counts)
+            found.setdefault(name, []).append((figure.cpu(), values.cpu()))
+    return {name: _over_seeds(seeds, bench.generator) for name, seeds in found.items()}
+
+
+def _over_seeds(seeds: Sequence[tuple[Tensor, Tensor]], generator: torch.Generator) -> Draws:
+    figures, values = (torch.stack(parts) for parts in zip(*seeds, strict=True))
+    return Draws.of(figures, values, generator)
+
+
+def _described(
+    own: Mapping[str, Draws], floor: Mapping[str, Draws], level: float
+) -> dict[str, dict[str, Any]]:
+    described = {}
+    for name, draws in own.items():
+        described[name] = dataclasses.asdict(draws.interval(level))
+        base = _floor(name, draws, floor)
+        if base is not None:
+            excess = base - draws if name in LARGER_IS_BETTER else draws - base
+            described[name]["excess"] = dataclasses.asdict(excess.interval(level))
+    return described
+
+
+def _floor(name: str, like: Draws, floor: Mapping[str, Draws]) -> Draws | None:
+    """The floor of a figure; None where there is none, as of a PSNR."""
+    if name in PAIRED_FLOORS:
+        return Draws(PAIRED_FLOORS[name], torch.full_like(like.values, PAIRED_FLOORS[name]))
+    return floor.get(name)
+
+
+def _compare(
+    drawn: Mapping[str, Mapping[str, Draws]], floor: Mapping[str, Draws], level: float
+) -> list[dict[str, Any]]:
+    """Each pair of methods by each figure that both have; a figure's pairs are a family."""
+    comparisons = []
+    figures = dict.fromkeys(name for own in drawn.values() for name in own)
+    for figure in (name for name in figures if name not in UNRANKED):
+        having = [name for name, own in drawn.items() if figure in own]
+        pairs = list(itertools.combinations(having, 2))
+        differences = [drawn[first][figure] - drawn[second][figure] for first, second in pairs]
+        p_values = [difference.p_value() for difference in differences]
+        rows = zip(
+            pairs, differences, p_values, holm(p_values), holm_levels(p_values, level), strict=True
+        )
+        for (first, second), difference, p, p_holm, own_level in rows:
+            rival = drawn[second][figure]
+            base = _floor(figure, rival, floor)
+            interval = difference.interval(own_level)
+            gap = None if base is None else (rival - base).estimate
+            comparisons.append(
+                {
+                    "figure": figure,
+                    "method": first,
+                    "rival": second,
+                    "difference": dataclasses.asdict(interval),
+                    "p": p,
+                    "p_holm": p_holm,
+                    "verdict": verdict(interval, gap, figure in LARGER_IS_BETTER),
+                }
+            )
+    return comparisons
+
+
+def _check(methods: Mapping[str, Method], yardstick: Yardstick) -> None:
+    if min(len(yardstick.answers), len(yardstick.reference)) <= K:
+        raise InvalidArgumentError(
+            "yardstick", f"{len(yardstick.answers)} answers", f"pass more than {K} of each."
+        )
+    _check_rows("reference", yardstick.reference, yardstick.answers.shape[1:])
+    _check_rows("answers", yardstick.answers, yardstick.answers.shape[1:])
+    for name, method in methods.items():
+        if not method.samples:
+            raise InvalidArgumentError(name, method.samples, "pass samples of one seed at least.")
+        for samples in method.samples:
+            _check_rows(name, samples, yardstick.answers.shape[1:])
+            if len(samples) != len(yardstick.answers):
+                raise InvalidArgumentError(
+                    name,
+                    f"{len(samples)} rows",
+                    f"pass {len(yardstick.answers)}, as many as the floor is measured on.",
+                )
+        if method.condition is not None and len(method.condition) != len(yardstick.answers):
+            raise InvalidArgumentError(
+                name, f"{len(method.condition)} classes", "pass one a sample, or None."
+            )
+
+
+def _check_judge(judge: Judge | None, shape: torch.Size) -> None:
+    if judge is None:
+        return
+    channels, side = judge.config["in_channels"], judge.config["sample_size"]
+    if tuple(shape) != (channels, side, side):
+        raise InvalidArgumentError(
+            "judge",
+            f"one of images of {(channels, side, side)}",
+            f"pass one that was trained for samples of {tuple(shape)}, or None.",
+        )
+
+
+def _check_rows(name: str, samples: Tensor, shape: torch.Size) -> None:
+    if samples.shape[1:] != shape:
+        raise InvalidArgumentError(
+            name, f"samples of {tuple(samples.shape[1:])}", f"pass samples of {tuple(shape)}."
+        )
+    if not bool(samples.isfinite().all()):
+        raise InvalidArgumentError(name, "NaN or infinity", "pass finite samples only.")
