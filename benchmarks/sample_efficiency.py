@@ -25,16 +25,16 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.utils import LinearSchedule
 
 from agents import ReDiFPPO, presets
-from agents.baselines.backprop import backpropagate
+from agents.baselines import Backprop
 from agents.callbacks import IterationCallback
 from agents.distillation import write_json
-from redif_env import MSE, ReDiFVectorEnv, Teacher, TeacherBank, load_teacher, schedules
+from redif_env import ReDiFVectorEnv, Teacher, TeacherBank, load_teacher, schedules
 from redif_env.denoiser import Denoiser
 from redif_env.errors import require
 
 LEVELS = (50, 20, 10)
 BACKPROP = "backprop"
-# What differs from the preset of the name's first part, or from `backpropagate`'s defaults.
+# What differs from the preset of the name's first part, or from `Backprop.train`'s defaults.
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "default-global": {"credit": "global"},
@@ -237,11 +237,10 @@ def run_backprop(changes: dict[str, Any], task: Task, seed: int, args: Args) -> 
         if trajectories % (args.every * args.num_envs) == 0:
             curve.add(student, trajectories, 3 * num_steps * trajectories)
 
-    backpropagate(
-        task.teacher.denoiser,
+    Backprop.train(
+        task.teacher,
         task.train,
         task.grid,
-        MSE(),
         iterations=args.iterations * args.num_envs // batch_size,
         batch_size=batch_size,
         seed=seed,
