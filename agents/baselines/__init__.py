@@ -15,9 +15,22 @@ from redif_env.teacher import Teacher, TeacherBank
 
 from .backprop import Backprop
 from .base import Ledger, Method, Result
+from .consistency import Consistency
+from .distribution_matching import DistributionMatching
+from .output_regression import OutputRegression
+from .progressive import Progressive
 from .solvers import SOLVERS, search, solve
+from .trajectory_regression import TrajectoryRegression
 
-METHODS: dict[str, type[Method]] = {kind.name: kind for kind in (Backprop,)}
+_KINDS: tuple[type[Method], ...] = (
+    OutputRegression,
+    TrajectoryRegression,
+    Progressive,
+    Consistency,
+    DistributionMatching,
+    Backprop,
+)
+METHODS = {kind.name: kind for kind in _KINDS}
 ENTRANTS = (*SOLVERS, *METHODS)
 
 __all__ = [
@@ -25,9 +38,14 @@ __all__ = [
     "METHODS",
     "SOLVERS",
     "Backprop",
+    "Consistency",
+    "DistributionMatching",
     "Ledger",
     "Method",
+    "OutputRegression",
+    "Progressive",
     "Result",
+    "TrajectoryRegression",
     "run",
     "search",
     "solve",
