@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import inspect
 import json
 import os
 import platform
@@ -20,13 +21,14 @@ from torch import Tensor
 
 from redif_env import schedules
 from redif_env.denoiser import Denoiser
-from redif_env.errors import InvalidArgumentError, check_integer, check_number
+from redif_env.errors import InvalidArgumentError, check_choice, check_integer, check_number
 from redif_env.loading import BUNDLED, INDEX, load_teacher
 from redif_env.rewards import Reward, make_reward
 from redif_env.teacher import Teacher, TeacherBank
 from redif_env.vector_env import FREE, ReDiFVectorEnv
 
 from . import presets
+from .baselines import METHODS, Result
 from .callbacks import HeldOutEvaluation, ProgressBar
 from .evaluation import JUDGE_FOLDER, Judge, compare
 from .export import export_student
@@ -37,6 +39,21 @@ from .ppo import ReDiFPPO
 PACKAGES = ("redif", "torch", "diffusers", "gymnasium", "stable_baselines3", "numpy")
 SEARCH = "search"
 LEARNED = "learned"
+PPO = "ppo"
+# Arguments of `distill` that mean something to PPO alone.
+PPO_ARGUMENTS = (
+    "preset",
+    "group_size",
+    "stochastic_steps",
+    "antithetic",
+    "n_epochs",
+    "eta",
+    "min_std",
+    "gap_fraction",
+    "lora_rank",
+    "lora_targets",
+    "callback",
+)
 # Seeds of banks: the searched grid and the reports must not depend on the run's seed.
 NUM_VALIDATION = 512
 REFERENCE_SEED = 1
@@ -50,13 +67,13 @@ class Distillation:
         student: The averaged student, in evaluation mode.
         timesteps: Its grid, float32 `(num_steps + 1,)`.
         report: What `summary.json` holds.
-        model: The agent, to go on training with.
+        model: The agent, to go on training with; None for another method than PPO.
     """
 
     student: Denoiser
     timesteps: Tensor
     report: dict[str, Any]
-    model: ReDiFPPO
+    model: ReDiFPPO | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +90,7 @@ def distill(
     teacher: str | Path | Teacher = "digits",
     num_steps: int = 4,
     *,
+    method: str = PPO,
     schedule: str | Sequence[float] = SEARCH,
     reward: str | Reward = "mse",
     iterations: int = 150,
@@ -105,6 +123,9 @@ def distill(
     Args:
         teacher: Bundled name, diffusers folder, or `Teacher`.
         num_steps: Steps, and network evaluations, of the student.
+        method: `"ppo"`, or another technique to compare with, see `baselines.METHODS`. Those make
+            `iterations * num_envs / batch_size` updates, and take none of `preset`, `group_size`,
+            the options of exploration, `n_epochs`, adapters and `callback`.
         schedule: `"search"` for the best grid of plain DDIM, `"learned"` for times that start
             there and are trained with the student, a grid name, or a list of times.
         reward: A `Reward` or the name of one. One with a map gets local credit.
@@ -142,6 +163,9 @@ def distill(
     iterations = check_integer("iterations", iterations, 1)
     num_held_out = check_integer("num_held_out", num_held_out, 100)
     num_steps = check_integer("num_steps", num_steps, 1)
+    check_choice("method", method, (PPO, *METHODS))
+    if method != PPO:
+        _refuse_ppo_arguments(method, {**arguments, "callback": callback})
     recipe = presets.preset(preset)
     folder = _check_out(out)
     reward = make_reward(reward)
@@ -173,7 +197,7 @@ def distill(
     used = {**agent_options, "group_size": env_options["group_size"]}
     rate = check_number("learning_rate", agent_options["learning_rate"])
     agent_options["learning_rate"] = LinearSchedule(rate, 0.0 if recipe["decay"] else rate, 1.0)
-    check_integer("eval_every", eval_every, 1)
+    eval_every = check_integer("eval_every", eval_every, 1)
     # Everything is made once on the uniform grid, so that bad options meet their errors before the
     # teacher is asked and the grid is searched.
     _make_model(teacher, num_envs, uniform, learned, None, env_options, agent_options)
@@ -186,26 +210,45 @@ def distill(
     )
     if folder is not None:
         _start_folder(folder, {**arguments, **used}, timesteps)
-    model.set_logger(configure(str(folder) if folder else None, ["tensorboard"] if folder else []))
-    held_out = HeldOutEvaluation(banks.validation, eval_every)
-    callbacks: list[BaseCallback] = [held_out]
-    callbacks += [ProgressBar(iterations)] if progress else []
-    callbacks += [callback] if callback else []
     training_started = time.monotonic()
-    model.learn(iterations * num_envs * num_steps, callback=callbacks)
-
-    student = model.student()
-    if learned:
-        timesteps = model.policy.schedule_head.grid()  # type: ignore[operator, union-attr]
+    spent: dict[str, int]
+    agent: ReDiFPPO | None = None
+    if method == PPO:
+        agent = model
+        logs = ["tensorboard"] if folder else []
+        agent.set_logger(configure(str(folder) if folder else None, logs))
+        held_out = HeldOutEvaluation(banks.validation, eval_every)
+        callbacks: list[BaseCallback] = [held_out]
+        callbacks += [ProgressBar(iterations)] if progress else []
+        callbacks += [callback] if callback else []
+        agent.learn(iterations * num_envs * num_steps, callback=callbacks)
+        student, history = agent.student(), held_out.history
+        if learned:
+            timesteps = agent.policy.schedule_head.grid()  # type: ignore[operator, union-attr]
+        spent = {**_spent(agent), "reward": iterations * num_envs * reward.nfe}
+    else:
+        rounds = _Rounds(iterations, num_envs, used["batch_size"], eval_every)
+        result, history = rounds.train(
+            method,
+            teacher,
+            banks,
+            timesteps,
+            learning_rate=rate,
+            ema_decay=used["ema_decay"],
+            guidance_scale=guidance_scale,
+            seed=seed,
+            **({"reward": reward} if method == "backprop" else {}),
+        )
+        student, spent = result.student, dict(result.ledger.evaluations)
     rivals = {
         "student": (student, timesteps),
         "ddim": (teacher.denoiser, uniform),
         "ddim_searched": (teacher.denoiser, searched),
     }
     samples = {name: _sample(*rival, banks.test) for name, rival in rivals.items()}
-    ledger = _ledger(teacher, model, banks, search_evaluations if given is None else 0)
-    ledger["reward"] = iterations * num_envs * reward.nfe
+    ledger = _ledger(teacher, banks, search_evaluations if given is None else 0, spent)
     report = {
+        "method": method,
         "num_steps": num_steps,
         "nfe": num_steps * student.nfe,
         "timesteps": [float(t) for t in timesteps[:-1]],
@@ -214,7 +257,7 @@ def distill(
         "network_evaluations": sum(ledger.values()),
         "ledger": ledger,
         "held_out": _judge(teacher, banks, samples),
-        "history": held_out.history,
+        "history": history,
         "training_seconds": round(time.monotonic() - training_started, 1),
         "seconds": round(time.monotonic() - started, 1),
         "versions": versions(),
@@ -222,7 +265,7 @@ def distill(
     }
     if folder is not None:
         _finish_folder(folder, report, student, timesteps, teacher, banks.test, samples)
-    return Distillation(student, timesteps, report, model)
+    return Distillation(student, timesteps, report, agent)
 
 
 def find_judge(teacher: Teacher) -> Judge | None:
@@ -329,7 +372,9 @@ def _judge(
     return figures
 
 
-def _ledger(teacher: Teacher, model: ReDiFPPO, banks: _Banks, searched: int) -> dict[str, int]:
+def _ledger(
+    teacher: Teacher, banks: _Banks, searched: int, spent: dict[str, int]
+) -> dict[str, int]:
     """Network-forward equivalents by purpose: 1 a row sent forward, 3 forward and back.
 
     Of the reward: forward passes of its own networks, whatever their size.
@@ -337,14 +382,64 @@ def _ledger(teacher: Teacher, model: ReDiFPPO, banks: _Banks, searched: int) -> 
     The teacher's answers count in full, also when they came from the cache.
     """
     asked = len(banks.train) + (len(banks.validation) if searched else 0)
-    policy: Any = model.policy
-    trained = model.rows_trained * policy.denoiser.nfe
     return {
         "teacher": asked * teacher.num_steps * teacher.denoiser.nfe,
         "search": searched,
-        "rollout": policy.denoiser.network_evaluations - trained,
-        "update": 3 * trained,
+        **spent,
     }
+
+
+def _spent(model: ReDiFPPO) -> dict[str, int]:
+    """What PPO's training asked of the student."""
+    policy: Any = model.policy
+    trained = model.rows_trained * policy.denoiser.nfe
+    return {"rollout": policy.denoiser.network_evaluations - trained, "update": 3 * trained}
+
+
+def _refuse_ppo_arguments(method: str, arguments: dict[str, Any]) -> None:
+    defaults = {name: p.default for name, p in inspect.signature(distill).parameters.items()}
+    refused = [name for name in PPO_ARGUMENTS if arguments[name] != defaults[name]]
+    refused += ["schedule"] if arguments["schedule"] == LEARNED else []
+    refused += ["reward"] if method != "backprop" and arguments["reward"] != "mse" else []
+    for name in refused:
+        raise InvalidArgumentError(
+            name, arguments[name], f"leave it out: {method} has no use of it."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rounds:
+    """The length of another method's training in the words of PPO's."""
+
+    iterations: int
+    num_envs: int
+    batch_size: int
+    eval_every: int
+
+    def train(
+        self, method: str, teacher: Teacher, banks: _Banks, timesteps: Tensor, **options: Any
+    ) -> tuple[Result, list[dict[str, float]]]:
+        """Train, and judge on validation tasks after every `eval_every` iterations."""
+        updates = max(self.num_envs // self.batch_size, 1)
+        history: list[dict[str, float]] = []
+
+        def judge(update: int, student: Denoiser) -> None:
+            iteration, rest = divmod(update, updates)
+            if rest or (iteration % self.eval_every and iteration != self.iterations):
+                return
+            error = schedules.paired_mse(student, banks.validation, timesteps)
+            history.append({"iteration": iteration, "paired_mse": error})
+
+        result = METHODS[method].train(
+            teacher,
+            banks.train,
+            timesteps,
+            iterations=self.iterations * updates,
+            batch_size=min(self.batch_size, self.num_envs),
+            on_iteration=judge,
+            **options,
+        )
+        return result, history
 
 
 def _start_folder(folder: Path, arguments: dict[str, Any], timesteps: Tensor) -> None:

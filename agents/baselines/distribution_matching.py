@@ -107,7 +107,7 @@ class DistributionMatching(Method):
 
     @torch.no_grad()
     def _gradient(self, x_0: Tensor, condition: Tensor | None) -> Tensor:
-        """The matching gradient, normalised by the teacher's correction (Yin et al. 2023, eq. 8)."""
+        """The matching gradient over the size of the teacher's correction (Yin et al. 2023)."""
         run, teacher = self.run, self.run.teacher.denoiser
         t = self._times(len(x_0))
         x_t = run.diffuse(x_0, t)

@@ -1,7 +1,7 @@
 """Progressive distillation (Salimans and Ho 2022): halve the number of steps, again and again.
 
 Each phase teaches a student to do in one step what the last phase's student does in two; the first
-phase's teacher is the teacher. The inputs are the teacher's answers, diffused, in the place of data.
+phase's teacher is the teacher. Inputs are the teacher's answers, diffused, in the place of data.
 """
 
 from __future__ import annotations
