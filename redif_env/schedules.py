@@ -168,10 +168,11 @@ def search(
     rounds: int = 3,
     sampler: Sampler = sample,
 ) -> Tensor:
-    """The best grid for plain DDIM, or another sampler, on the bank's tasks, by coordinate descent from two starts.
+    """The best grid for plain DDIM, or for another sampler, on the bank's tasks.
 
-    Each time moves by plus or minus a stride while that lowers the paired MSE; the stride halves
-    until it is under a hundredth of the axis. A few seconds for 256 small images.
+    Coordinate descent from two starts: each time moves by plus or minus a stride while that lowers
+    the paired MSE; the stride halves until it is under a hundredth of the axis. A few seconds for
+    256 small images.
 
     Args:
         denoiser: The model to sample with.

@@ -55,9 +55,7 @@ def step(
     return Gaussian(_mean(x_t, x0_pred, scales, std), std)
 
 
-def x0_of_step(
-    schedule: NoiseSchedule, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor
-) -> Tensor:
+def x0_of_step(schedule: NoiseSchedule, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor) -> Tensor:
     r"""The `x0_pred` whose deterministic step from `x_t` ends in `x_s`: the inverse of `step`.
 
     .. math:: (x_s - r x_t) / (\alpha_s - r \alpha_t), \qquad r = \sigma_s / \sigma_t

@@ -64,14 +64,15 @@ def train(world, name, grid=GRID, **options):
     return schedules.paired_mse(result.student, held_out, result.timesteps), result
 
 
-# What is left of the start's error; measured with seeds 0 to 2, and about doubled. Consistency's
-# target moves with the student, so that 60 updates carry little of it through 8 small steps.
+# What is left of the start's error, at most. Measured with seeds 0 to 2: regressions and backprop
+# below 0.003, progressive 0.01 to 0.10, consistency 0.31 to 0.37 (its target moves with the
+# student: 60 updates carry little of it through 8 small steps). Some room for other platforms.
 LEFT = {
     "output_regression": 0.01,
     "trajectory_regression": 0.01,
     "backprop": 0.01,
-    "progressive": 0.1,
-    "consistency": 0.8,
+    "progressive": 0.2,
+    "consistency": 0.6,
 }
 
 
@@ -119,21 +120,21 @@ def spread(world, **options):
 
 
 def test_distribution_matching_finds_the_datas_distribution(world):
-    """One step of the teacher gives the mean alone, of std 0.001; the data has std 0.25.
+    """One step of the teacher gives the mean alone; the data has std 0.25.
 
-    Measured with seeds 0 to 2: see the tolerance, which is about twice the largest deviation.
+    Measured with seeds 0 to 2: means off by up to 0.024, stds by up to 0.032, so 0.06.
     """
     start = schedules.sample(world[0].denoiser, world[2].x_T, None, torch.tensor([999.0, 0.0]))
-    assert float(start.std()) < 0.02
+    assert float(start.std()) < 0.01
     mean, std = spread(world, learning_rate=3e-3)
-    assert mean == pytest.approx(MEAN, abs=0.05)
-    assert std == pytest.approx(STD, abs=0.05)
+    assert mean == pytest.approx(MEAN, abs=0.06)
+    assert std == pytest.approx(STD, abs=0.06)
 
 
 def test_without_a_fake_score_that_learns_it_does_not(world):
     """Negative control: then it stays the teacher's, which pulls in no direction."""
     _, std = spread(world, learning_rate=3e-3, fake_learning_rate=0.0, iterations=20)
-    assert std < 0.1
+    assert std < 0.01
 
 
 def test_a_discriminator_helps_itself(world):
