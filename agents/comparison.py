@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from redif_env.errors import InvalidArgumentError, check_integer, check_number
+from redif_env.errors import InvalidArgumentError, check_choice, check_integer, check_number
 from redif_env.rewards.distributional import MMD, energy_kernel, polynomial_kernel
 from redif_env.rewards.pixel import MSE, PSNR, SSIM
 
@@ -111,11 +111,12 @@ def evaluate(
     yardstick: Yardstick,
     features: Features | None = None,
     *,
+    focus: Sequence[str] | None = None,
     num_resamples: int = 1000,
     level: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Every figure of every method with its interval, the floor, and comparisons of all pairs.
+    """Every figure of every method with its interval, the floor, and comparisons of pairs.
 
     Figures of distributions (`frechet`, `kid`, `mmd`, `energy_distance`, `sliced_wasserstein`,
     `precision`, `recall`, `density`, `coverage`, `label_balance`, `fid`, `inception_kid`) are to
@@ -128,6 +129,8 @@ def evaluate(
             distances depends on the number.
         yardstick: What to measure against.
         features: What to see through; default: samples as they are.
+        focus: Methods to compare with all others; default: all with all. The fewer pairs, the less
+            Holm's correction takes away.
         num_resamples: Resamples of the bootstrap, B.
         level: Of the intervals.
         seed: Of the resamples.
@@ -147,6 +150,8 @@ def evaluate(
     num_resamples = check_integer("num_resamples", num_resamples, 100)
     level = check_number("level", level, 0.5, 0.999)
     _check(methods, yardstick)
+    for name in focus or ():
+        check_choice("focus", name, tuple(methods))
     _check_judge(features.judge, yardstick.answers.shape[1:])
     bench = _prepare(yardstick, features, num_resamples, seed)
     floor = _draws(Method([yardstick.answers], yardstick.condition, paired=False), bench, True)
@@ -158,8 +163,31 @@ def evaluate(
         "num_resamples": num_resamples,
         "floor": {name: dataclasses.asdict(each.interval(level)) for name, each in floor.items()},
         "methods": {name: _described(own, floor, level) for name, own in drawn.items()},
-        "comparisons": _compare(drawn, floor, level),
+        "comparisons": _compare(drawn, floor, level, focus),
     }
+
+
+@torch.no_grad()
+def measure(samples: Tensor, yardstick: Yardstick, features: Features) -> dict[str, float]:
+    """Every figure of samples that answer the yardstick's tasks, without intervals.
+
+    Args:
+        samples: `(N, ...)`, row i for the task of row i of the answers.
+        yardstick: What to measure against.
+        features: What to see through.
+
+    Returns:
+        Figures by name, see `evaluate`.
+
+    Raises:
+        InvalidArgumentError: as `evaluate`.
+    """
+    _check({"samples": Method([samples])}, yardstick)
+    _check_judge(features.judge, yardstick.answers.shape[1:])
+    bench = _prepare(yardstick, features, 1, 0)
+    found = statistics(samples, yardstick.condition, True, bench)
+    sizes = len(samples), len(yardstick.reference), samples.device
+    return {name: float(metrics.estimate(each, *sizes)) for name, each in found.items()}
 
 
 def row_figures(samples: Tensor, answers: Tensor, features: Features) -> dict[str, Tensor]:
@@ -276,14 +304,17 @@ def _floor(name: str, like: Draws, floor: Mapping[str, Draws]) -> Draws | None:
 
 
 def _compare(
-    drawn: Mapping[str, Mapping[str, Draws]], floor: Mapping[str, Draws], level: float
+    drawn: Mapping[str, Mapping[str, Draws]],
+    floor: Mapping[str, Draws],
+    level: float,
+    focus: Sequence[str] | None,
 ) -> list[dict[str, Any]]:
     """Each pair of methods by each figure that both have; a figure's pairs are a family."""
     comparisons = []
     figures = dict.fromkeys(name for own in drawn.values() for name in own)
     for figure in (name for name in figures if name not in UNRANKED):
         having = [name for name, own in drawn.items() if figure in own]
-        pairs = list(itertools.combinations(having, 2))
+        pairs = _pairs(having, focus)
         differences = [drawn[first][figure] - drawn[second][figure] for first, second in pairs]
         p_values = [difference.p_value() for difference in differences]
         rows = zip(
@@ -306,6 +337,15 @@ def _compare(
                 }
             )
     return comparisons
+
+
+def _pairs(names: Sequence[str], focus: Sequence[str] | None) -> list[tuple[str, str]]:
+    """Each pair once, one of `focus` first where there is one."""
+    pairs = list(itertools.combinations(names, 2))
+    if focus is None:
+        return pairs
+    kept = [pair for pair in pairs if set(pair) & set(focus)]
+    return [pair if pair[0] in focus else pair[::-1] for pair in kept]
 
 
 def _check(methods: Mapping[str, Method], yardstick: Yardstick) -> None:
