@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -94,6 +95,7 @@ class _Bench:
         task_counts: Resamples of tasks, `(B, N)`.
         reference_counts: Of the reference, `(B, M)`.
         generator: Goes on with resamples that are not shared.
+        wanted: Figures.
     """
 
     yardstick: Yardstick
@@ -103,6 +105,7 @@ class _Bench:
     task_counts: Tensor
     reference_counts: Tensor
     generator: torch.Generator
+    wanted: Sequence[str]
 
 
 @torch.no_grad()
@@ -112,6 +115,7 @@ def evaluate(
     features: Features | None = None,
     *,
     focus: Sequence[str] | None = None,
+    figures: Sequence[str] | None = None,
     num_resamples: int = 1000,
     level: float = 0.95,
     seed: int = 0,
@@ -131,6 +135,7 @@ def evaluate(
         features: What to see through; default: samples as they are.
         focus: Methods to compare with all others; default: all with all. The fewer pairs, the less
             Holm's correction takes away.
+        figures: Which of `FIGURES` to compute; default: all that there are.
         num_resamples: Resamples of the bootstrap, B.
         level: Of the intervals.
         seed: Of the resamples.
@@ -152,8 +157,11 @@ def evaluate(
     _check(methods, yardstick)
     for name in focus or ():
         check_choice("focus", name, tuple(methods))
+    for name in figures or ():
+        check_choice("figures", name, FIGURES)
     _check_judge(features.judge, yardstick.answers.shape[1:])
-    bench = _prepare(yardstick, features, num_resamples, seed)
+    wanted = FIGURES if figures is None else figures
+    bench = _prepare(yardstick, features, num_resamples, seed, wanted)
     floor = _draws(Method([yardstick.answers], yardstick.condition, paired=False), bench, True)
     drawn = {name: _draws(method, bench, method.paired) for name, method in methods.items()}
     return {
@@ -184,8 +192,8 @@ def measure(samples: Tensor, yardstick: Yardstick, features: Features) -> dict[s
     """
     _check({"samples": Method([samples])}, yardstick)
     _check_judge(features.judge, yardstick.answers.shape[1:])
-    bench = _prepare(yardstick, features, 1, 0)
-    found = statistics(samples, yardstick.condition, True, bench)
+    bench = _prepare(yardstick, features, 1, 0, FIGURES)
+    found = statistics(_Sight(samples, yardstick.condition, True, bench))
     sizes = len(samples), len(yardstick.reference), samples.device
     return {name: float(metrics.estimate(each, *sizes)) for name, each in found.items()}
 
@@ -207,47 +215,103 @@ def row_figures(samples: Tensor, answers: Tensor, features: Features) -> dict[st
     return rows
 
 
-def statistics(
-    samples: Tensor, condition: Tensor | None, paired: bool, bench: _Bench
-) -> dict[str, Statistic]:
-    """All figures of samples `(N, ...)` by name."""
-    yardstick, features = bench.yardstick, bench.features
-    seen, target = features.see(samples), bench.seen
-    found: dict[str, Statistic] = {}
-    if paired:
-        rows = row_figures(samples, yardstick.answers, features)
-        found |= {name: metrics.mean(values) for name, values in rows.items()}
-    if features.judge is not None:
-        # Not of raw points or pixels, which are no Gaussian: see docs/evaluation.md.
-        found["frechet"] = metrics.frechet_distance(seen, target)
-        found["kid"] = metrics.discrepancy(polynomial_kernel, seen, target)
-    kernel = MMD().fit_kernel(target[: metrics.MAX_PAIRWISE].double())
-    found["mmd"] = metrics.discrepancy(kernel, seen, target)
-    found["energy_distance"] = metrics.discrepancy(energy_kernel, seen, target)
-    found["sliced_wasserstein"] = metrics.sliced_wasserstein(seen, target)
-    found |= metrics.neighbourhoods(seen, target, K)
-    if features.judge is not None:
-        found |= _label_figures(features.judge, samples, condition, yardstick.reference)
-    if features.inception is not None and bench.inception_seen is not None:
-        standard = features.inception(samples)
-        found["fid"] = metrics.frechet_distance(standard, bench.inception_seen)
-        found["inception_kid"] = metrics.discrepancy(
-            polynomial_kernel, standard, bench.inception_seen
-        )
-    return found
+@dataclasses.dataclass(frozen=True)
+class _Sight:
+    """Samples of one seed, seen through the bench's features; each view is computed once."""
+
+    samples: Tensor
+    condition: Tensor | None
+    paired: bool
+    bench: _Bench
+
+    @functools.cached_property
+    def seen(self) -> Tensor:
+        return self.bench.features.see(self.samples)
+
+    @functools.cached_property
+    def rows(self) -> dict[str, Tensor]:
+        if not self.paired:
+            return {}
+        return row_figures(self.samples, self.bench.yardstick.answers, self.bench.features)
+
+    @functools.cached_property
+    def neighbourhoods(self) -> dict[str, Statistic]:
+        return metrics.neighbourhoods(self.seen, self.bench.seen, K)
+
+    @functools.cached_property
+    def standard(self) -> tuple[Tensor, Tensor] | None:
+        inception, seen = self.bench.features.inception, self.bench.inception_seen
+        return None if inception is None or seen is None else (inception(self.samples), seen)
+
+    def row(self, name: str) -> Statistic | None:
+        """A mean over rows."""
+        return metrics.mean(self.rows[name]) if name in self.rows else None
+
+    def of_judge(self, statistic: Callable[[Tensor, Tensor], Statistic]) -> Statistic | None:
+        """Only of a judge's features: raw points and pixels are no Gaussian."""
+        judge = self.bench.features.judge
+        return None if judge is None else statistic(self.seen, self.bench.seen)
+
+    def of_standard(self, statistic: Callable[[Tensor, Tensor], Statistic]) -> Statistic | None:
+        return None if self.standard is None else statistic(*self.standard)
+
+    def mmd(self) -> Statistic:
+        target = self.bench.seen
+        kernel = MMD().fit_kernel(target[: metrics.MAX_PAIRWISE].double())
+        return metrics.discrepancy(kernel, self.seen, target)
+
+    def label_balance(self) -> Statistic | None:
+        judge, reference = self.bench.features.judge, self.bench.yardstick.reference
+        if judge is None:
+            return None
+        labels, targets = (judge.logits(each).argmax(1) for each in (self.samples, reference))
+        return metrics.class_balance(labels, targets)
+
+    def label_agreement(self) -> Statistic | None:
+        judge = self.bench.features.judge
+        if judge is None or self.condition is None:
+            return None
+        return metrics.mean((judge.logits(self.samples).argmax(1) == self.condition).double())
 
 
-def _label_figures(
-    judge: Judge, samples: Tensor, condition: Tensor | None, reference: Tensor
-) -> dict[str, Statistic]:
-    labels, targets = (judge.logits(images).argmax(1) for images in (samples, reference))
-    found = {"label_balance": metrics.class_balance(labels, targets)}
-    if condition is not None:
-        found["label_agreement"] = metrics.mean((labels == condition).double())
-    return found
+_kid = functools.partial(metrics.discrepancy, polynomial_kernel)
+_FIGURES: dict[str, Callable[[_Sight], Statistic | None]] = {
+    "paired_mse": lambda sight: sight.row("paired_mse"),
+    "psnr": lambda sight: sight.row("psnr"),
+    "ssim": lambda sight: sight.row("ssim"),
+    "feature_distance": lambda sight: sight.row("feature_distance"),
+    "frechet": lambda sight: sight.of_judge(metrics.frechet_distance),
+    "kid": lambda sight: sight.of_judge(_kid),
+    "mmd": _Sight.mmd,
+    "energy_distance": lambda sight: metrics.discrepancy(
+        energy_kernel, sight.seen, sight.bench.seen
+    ),
+    "sliced_wasserstein": lambda sight: metrics.sliced_wasserstein(sight.seen, sight.bench.seen),
+    "precision": lambda sight: sight.neighbourhoods["precision"],
+    "recall": lambda sight: sight.neighbourhoods["recall"],
+    "density": lambda sight: sight.neighbourhoods["density"],
+    "coverage": lambda sight: sight.neighbourhoods["coverage"],
+    "label_balance": _Sight.label_balance,
+    "label_agreement": _Sight.label_agreement,
+    "fid": lambda sight: sight.of_standard(metrics.frechet_distance),
+    "inception_kid": lambda sight: sight.of_standard(_kid),
+}
+FIGURES = tuple(_FIGURES)
 
 
-def _prepare(yardstick: Yardstick, features: Features, num_resamples: int, seed: int) -> _Bench:
+def statistics(sight: _Sight) -> dict[str, Statistic]:
+    """The figures that the bench wants and the samples have, by name."""
+    found = {name: _FIGURES[name](sight) for name in sight.bench.wanted}
+    return {name: statistic for name, statistic in found.items() if statistic is not None}
+
+
+def _prepare(
+    yardstick: Yardstick,
+    features: Features,
+    num_resamples: int,
+    seed: int,
+    wanted: Sequence[str],
+) -> _Bench:
     generator = torch.Generator().manual_seed(check_integer("seed", seed, 0))
     device = yardstick.answers.device
     inception = features.inception
@@ -259,6 +323,7 @@ def _prepare(yardstick: Yardstick, features: Features, num_resamples: int, seed:
         resample(num_resamples, len(yardstick.answers), generator).to(device),
         resample(num_resamples, len(yardstick.reference), generator).to(device),
         generator,
+        wanted,
     )
 
 
@@ -270,8 +335,8 @@ def _draws(method: Method, bench: _Bench, shares_tasks: bool) -> dict[str, Draws
     found: dict[str, list[tuple[Tensor, Tensor]]] = {}
     num, num_reference = counts.shape[1], bench.reference_counts.shape[1]
     for samples in method.samples:
-        figures = statistics(samples, method.condition, method.paired, bench)
-        for name, statistic in figures.items():
+        sight = _Sight(samples, method.condition, method.paired, bench)
+        for name, statistic in statistics(sight).items():
             figure = metrics.estimate(statistic, num, num_reference, counts.device)
             values = statistic(counts, bench.reference_counts)
             found.setdefault(name, []).append((figure.cpu(), values.cpu()))

@@ -127,6 +127,15 @@ class Run:
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         return expand(alpha, x_0) * x_0 + expand(sigma, x_0) * noise
 
+    def of_teacher(self, t: Tensor) -> Tensor:
+        """The teacher's times for the student's `t`, `(N,)`: pure noise is at the last time of all.
+
+        A student may call it by another, as searched grids do; the teacher that is asked at that
+        time would take noise for a noisy image, and follow another trajectory than its answers'.
+        """
+        last = torch.full_like(t, self.schedule.max_timestep)
+        return torch.where(t == self.grid[0].to(t), last, t)
+
     def states(self, tasks: TeacherBank, t: Tensor) -> Tensor:
         """Inputs of a student at the times `t`: the teacher's answers, diffused.
 

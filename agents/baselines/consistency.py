@@ -50,6 +50,7 @@ class Consistency(Method):
     ) -> Tensor:
         """The teacher's small step to s, and from there the student's to the segment's end."""
         run, teacher = self.run, self.run.teacher.denoiser
+        t = run.of_teacher(t)
         with run.ledger.count("targets", teacher):
             x_s = transition.step(run.schedule, x_t, teacher(x_t, t, condition), t, s).mean
         with run.ledger.count("rollout", run.student):

@@ -3,20 +3,22 @@
 A second network, the fake score, is trained to denoise what the student makes. Where it and the
 teacher disagree about a diffused sample of the student, the sample moves towards the teacher: this
 is the gradient of KL(student | teacher) over the diffused distributions. The student's samples need
-not agree with the teacher's answers to the same noise. Student inputs are those that its own
-sampler visits (the paper's backward simulation).
+not agree with the teacher's answers to the same noise.
+
+The paper has every step predict a sample, and one fake score for all steps: it sees their mixture,
+which matches when one step is too wide and another too narrow (so a student of two steps did, on
+Gaussian data). Here the samples of the whole few-step sampler are matched, through all its steps.
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from redif_env import transition
+from redif_env import schedules
 from redif_env.errors import check_integer, check_number
 from redif_env.rewards import Discriminator
 
@@ -75,18 +77,11 @@ class DistributionMatching(Method):
         return loss + self.gan_weight * self._adversarial(x_0, condition)
 
     def _generate(self, rows: Tensor, trains: bool) -> Tensor:
-        """Predictions `x_0` of a random step of the student, the same one for all rows."""
+        """Samples `x_0` of the student."""
         run, tasks = self.run, self.run.bank.take(rows)
-        last = int(run.randint(len(run.grid) - 1, 1))
-        times = run.grid.to(tasks.x_T).unsqueeze(1).expand(-1, len(rows))
-        x_t = tasks.x_T
-        with torch.no_grad(), run.ledger.count("rollout", run.student):
-            for t, s in itertools.pairwise(times[: last + 1]):
-                x0_pred = run.student(x_t, t, tasks.condition)
-                x_t = transition.step(run.schedule, x_t, x0_pred, t, s).mean
         purpose, factor = ("update", FORWARD_AND_BACKWARD) if trains else ("rollout", 1)
         with torch.set_grad_enabled(trains), run.ledger.count(purpose, run.student, factor):
-            return run.student(x_t, times[last], tasks.condition)
+            return schedules.sample(run.student, tasks.x_T, tasks.condition, run.grid)
 
     def _train_critics(self, x_0: Tensor, rows: Tensor) -> None:
         """One update of the fake score, and of the discriminator, on samples of the student."""

@@ -52,7 +52,8 @@ class Progressive(Method):
         t, middle, s = (fine[index + k] for k in (0, 1, 2))
         x_t = run.states(tasks, t)
         with torch.no_grad(), run.ledger.count("targets", self.teacher):
-            x_m = self._teach(x_t, t, middle, tasks.condition)
+            first = t if self.phase else run.of_teacher(t)  # later teachers are students
+            x_m = self._teach(x_t, first, middle, tasks.condition)
             x_s = self._teach(x_m, middle, s, tasks.condition)
         target = transition.x0_of_step(run.schedule, x_t, x_s, t, s)
         with run.ledger.count("update", run.student, FORWARD_AND_BACKWARD):

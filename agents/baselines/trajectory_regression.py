@@ -13,28 +13,34 @@ import itertools
 import torch
 from torch import Tensor
 
-from redif_env import transition
+from redif_env import schedules, transition
 
-from .base import FORWARD_AND_BACKWARD, Method, Run, refinements
+from .base import FORWARD_AND_BACKWARD, Method, Run
 
 
 class TrajectoryRegression(Method):
     """Squared error of each step's end to the teacher's state, mean over the steps.
 
-    The teacher steps by DDIM along the finest refinement of the grid that has no more than twice
-    its own number of steps; its states are kept, so that each task is asked for once. The last
-    state is the bank's answer.
+    The teacher steps by DDIM through evenly spread times, and through the student's; its states are
+    kept, so that each task is asked for once. The last state is the bank's answer.
+
+    Args:
+        run: The run.
+        teacher_steps: Steps of the teacher; default: its own number. Fewer cost less, and err.
     """
 
     name = "trajectory_regression"
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, teacher_steps: int | None = None) -> None:
         super().__init__(run)
-        finest = refinements(run.grid, run.schedule, run.teacher.num_steps)[-1]
         num_steps = len(run.grid) - 1
-        self.every = (len(finest) - 1) // num_steps
-        # The last step's end is known.
-        self.times = finest[: (num_steps - 1) * self.every + 1]
+        if teacher_steps is None:
+            teacher_steps = run.teacher.num_steps
+        own = schedules.uniform(run.schedule, teacher_steps)
+        times = torch.cat([own, run.grid[1:]]).unique().flip(0)
+        # Not beyond the start of the student's last step, whose end is known; nowhere for one step.
+        self.times = times[times >= run.grid[-2]] if num_steps > 1 else times[:1]
+        self.kept = {t: index for index, t in enumerate(run.grid[1:-1].tolist())}
         self.states = run.bank.x_T.new_zeros(num_steps, *run.bank.x_T.shape)
         self.states[-1] = run.bank.teacher_x_0
         self.known = torch.zeros(len(run.bank), dtype=torch.bool, device=run.device)
@@ -61,9 +67,10 @@ class TrajectoryRegression(Method):
         denoiser, x_t = run.teacher.denoiser, tasks.x_T
         times = self.times.to(x_t).unsqueeze(1).expand(-1, len(rows))
         with run.ledger.count("targets", denoiser):
-            for index, (t, s) in enumerate(itertools.pairwise(times), 1):
+            ends = self.times[1:].tolist()
+            for (t, s), end in zip(itertools.pairwise(times), ends, strict=True):
                 x0_pred = denoiser(x_t, t, tasks.condition)
                 x_t = transition.step(run.schedule, x_t, x0_pred, t, s).mean
-                if index % self.every == 0:
-                    self.states[index // self.every - 1, rows] = x_t
+                if end in self.kept:
+                    self.states[self.kept[end], rows] = x_t
         self.known[rows] = True

@@ -28,6 +28,7 @@ from .entrants import CHOSEN, ENTRANTS, TRIALS, Entrant, solve
 from .tasks import Task
 
 SAMPLES = "x_0"
+SEARCHED_GRID = "searched"  # of the setting `grid`; else uniform
 TUNING_SEED = 100  # of no reported run
 
 
@@ -57,7 +58,7 @@ class Run:
     @property
     def label(self) -> str:
         """A file's name."""
-        changed = "".join(f"-{name}-{value:g}" for name, value in sorted(self.settings.items()))
+        changed = "".join(f"-{name}-{value}" for name, value in sorted(self.settings.items()))
         return f"{self.method}-{self.num_steps}-{self.seed}-{self.budget}{changed}"
 
 
@@ -154,8 +155,11 @@ class Runs:
         if entrant.train is None:
             result = solve(entrant, task, run.num_steps)
         else:
-            grid, spent = self.grid(run.num_steps)
-            result = entrant.train(task, grid, run.budget, run.seed, **run.settings)
+            settings = dict(run.settings)
+            grid, spent = task.uniform(run.num_steps), 0
+            if settings.pop("grid", SEARCHED_GRID) == SEARCHED_GRID:
+                grid, spent = self.grid(run.num_steps)
+            result = entrant.train(task, grid, run.budget, run.seed, **settings)
             result.ledger.evaluations["search"] += spent
         samples = result.sample(task.test.x_T, task.test.condition).detach().contiguous()
         line = self._line(run, result, samples)
