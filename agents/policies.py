@@ -176,6 +176,7 @@ class StudentPolicy(ActorCriticPolicy):
     def _build(self, lr_schedule: Schedule) -> None:
         settings = self.settings
         base = make_student(settings["student"]).eval()
+        base.network_evaluations = 0  # a copy of the teacher brings its count along
         self.denoiser = make_trainable(base, settings["lora_rank"], settings["lora_targets"])
         self.ema_denoiser = copy_trained(self.denoiser).requires_grad_(False)
         if settings["gradient_checkpointing"]:

@@ -21,6 +21,7 @@ from ..baselines import METHODS, SOLVERS, Ledger, Result
 from .tasks import Task
 
 SEARCHED = "+search"
+GRID, UNIFORM = "grid", "uniform"  # a setting: not the searched grid
 EMA_DECAY = 0.95
 
 
@@ -94,8 +95,10 @@ def _warm(first: str) -> Entrant:
         spend = budget // 2
         warm = ENTRANTS[first].train
         assert warm is not None
-        began = warm(task, grid, spend, seed, **CHOSEN.get(first, {}))
+        own = {name: value for name, value in CHOSEN[first].items() if name != GRID}
+        began = warm(task, grid, spend, seed, **own)
         left = budget - began.ledger.total
+        settings = {**CHOSEN[OURS], **settings}
         result = _reinforce(task, grid, left, seed, began.student, "mse", settings)
         return dataclasses.replace(result, ledger=_added(began.ledger, result.ledger))
 
@@ -136,29 +139,34 @@ ENTRANTS: dict[str, Entrant] = {
     f"{OURS}-mmd": _ours(_mmd),
     f"{OURS}-discriminator": _ours(_discriminator),
     "grpo": _ours(preset="grpo"),
-    "ddpo": _ours(preset="ddpo"),
+    # Its best settings of benchmarks/sample_efficiency.py's eight trials.
+    "ddpo": _ours(
+        preset="ddpo", learning_rate=5e-5, eta=0.0, min_std=0.1, clip_range=1e-2, decay=True
+    ),
 }
 
-# Four each, at two steps.
-_RATES = tuple({"learning_rate": rate} for rate in (1e-4, 2e-4, 5e-4, 1e-3))
-_UNIFORM = {"grid": "uniform"}
+Settings = dict[str, Any]
+
+
+def _rates(*rates: float, **others: Any) -> tuple[Settings, ...]:
+    return tuple({**others, "learning_rate": rate} for rate in rates)
+
+
 # What follows the teacher's trajectory learns worse on a grid that calls noise by another time.
-_ON_UNIFORM = (
-    *({**_UNIFORM, "learning_rate": rate} for rate in (2e-4, 5e-4, 1e-3)),
-    {"learning_rate": 5e-4},
-)
-_SMALL: dict[str, Any] = {"batch_size": 64}
-TRIALS: dict[str, Sequence[dict[str, Any]]] = {
+_ON_UNIFORM = (*_rates(2e-4, 5e-4, 1e-3, grid=UNIFORM), *_rates(5e-4))
+_RATES = _rates(1e-4, 2e-4, 5e-4, 1e-3)
+# Four each, at two steps.
+TRIALS: dict[str, Sequence[Settings]] = {
     "output_regression": _RATES,
     "trajectory_regression": (
-        {"learning_rate": 5e-4},
-        *({"teacher_steps": 12, "learning_rate": rate} for rate in (2e-4, 5e-4, 1e-3)),
+        *_rates(5e-4),
+        *_rates(2e-4, 5e-4, 1e-3, teacher_steps=12),
     ),
     "progressive": _ON_UNIFORM,
     "consistency": _ON_UNIFORM,
     "distribution_matching": (
-        {**_SMALL, "learning_rate": 1e-4, "fake_updates": 1},
-        *({**_SMALL, "learning_rate": rate, "fake_updates": 2} for rate in (5e-5, 1e-4, 2e-4)),
+        *_rates(1e-4, batch_size=64, fake_updates=1),
+        *_rates(5e-5, 1e-4, 2e-4, batch_size=64, fake_updates=2),
     ),
     "backprop": _RATES,
     OURS: (
@@ -169,10 +177,15 @@ TRIALS: dict[str, Sequence[dict[str, Any]]] = {
     ),
 }
 # The best by paired MSE; of distribution matching, which pairs nothing, by Frechet distance.
-CHOSEN: dict[str, dict[str, Any]] = {
+CHOSEN: dict[str, Settings] = {
     "output_regression": {"learning_rate": 5e-4},
-    "backprop": {"learning_rate": 5e-4},
+    "trajectory_regression": {"teacher_steps": 12, "learning_rate": 5e-4},
+    "progressive": {"grid": UNIFORM, "learning_rate": 5e-4},
+    "consistency": {"grid": UNIFORM, "learning_rate": 1e-3},
+    "distribution_matching": {"batch_size": 64, "fake_updates": 2, "learning_rate": 5e-5},
+    "backprop": {"learning_rate": 2e-4},
     OURS: {"learning_rate": 2e-4},
+    f"progressive+{OURS}": {"grid": UNIFORM},
 }
 
 

@@ -24,11 +24,10 @@ from redif_env.errors import check_choice
 from ..baselines import Ledger, Result
 from ..comparison import measure
 from ..distillation import versions
-from .entrants import CHOSEN, ENTRANTS, TRIALS, Entrant, solve
+from .entrants import CHOSEN, ENTRANTS, GRID, TRIALS, UNIFORM, Entrant, solve
 from .tasks import Task
 
 SAMPLES = "x_0"
-SEARCHED_GRID = "searched"  # of the setting `grid`; else uniform
 TUNING_SEED = 100  # of no reported run
 
 
@@ -157,7 +156,7 @@ class Runs:
         else:
             settings = dict(run.settings)
             grid, spent = task.uniform(run.num_steps), 0
-            if settings.pop("grid", SEARCHED_GRID) == SEARCHED_GRID:
+            if settings.pop(GRID, None) != UNIFORM:
                 grid, spent = self.grid(run.num_steps)
             result = entrant.train(task, grid, run.budget, run.seed, **settings)
             result.ledger.evaluations["search"] += spent

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from redif_env import schedules
 from redif_env.denoiser import Denoiser
 from redif_env.errors import InvalidArgumentError, check_choice
-from redif_env.loading import build_denoiser, load_teacher
+from redif_env.loading import build_denoiser, load_teacher, noise_schedule
 from redif_env.noise import NoiseSchedule, expand
-from redif_env.solvers import KernelSolver
 from redif_env.teacher import Teacher, TeacherBank
 
 from .. import baselines, smaller
@@ -198,9 +198,16 @@ class Mixture(nn.Module):
 
 
 def _mixture(folder: object) -> tuple[Teacher, Denoiser | None]:
-    schedule = load_teacher("digits").denoiser.schedule
+    make_solver = functools.partial(
+        DDIMScheduler,
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="sample",
+        timestep_spacing="trailing",
+        clip_sample=False,
+    )
+    schedule = noise_schedule(make_solver())
     denoiser = Denoiser(Mixture(schedule), schedule, "sample", (2,))
-    return Teacher(denoiser, functools.partial(KernelSolver, denoiser, "karras"), 50), None
+    return Teacher(denoiser, make_solver, 50), None
 
 
 def _digits(folder: object) -> tuple[Teacher, Denoiser | None]:
