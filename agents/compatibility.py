@@ -129,6 +129,13 @@ def check_timesteps(given: Any, grid: list[float] | None, free: bool) -> None:
 
 def check_episodes(agent: Any, group_size: int, length: int, reward: Any) -> None:
     """Groups, windows and weights must fit the environment's episodes, and credit its reward."""
+    if agent.trained == "both" and agent.n_envs < 2 * group_size:
+        # Half of the groups explore their steps, half their times: one group would explore no time.
+        raise InvalidArgumentError(
+            "trained",
+            "both",
+            f"it needs two groups: pass num_envs >= {2 * group_size}, or 'alternating'.",
+        )
     if group_size < 2 and agent.advantage == "group":
         raise InvalidArgumentError(
             "group_size", group_size, "advantage='group' needs an environment with at least 2."

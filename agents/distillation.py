@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_model
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.utils import LinearSchedule
@@ -31,8 +32,8 @@ from . import presets, reinforcement, smaller
 from .baselines import METHODS, OutputRegression, Result
 from .callbacks import HeldOutEvaluation, ProgressBar
 from .evaluation import JUDGE_FOLDER, Judge, compare
-from .export import export_student
-from .lora import LEARNING_RATE_SCALE
+from .export import can_export, export_student
+from .lora import LEARNING_RATE_SCALE, merge
 from .pictures import save_samples
 from .ppo import ReDiFPPO
 
@@ -166,7 +167,8 @@ def distill(
         eval_every: Iterations between two evaluations on validation tasks.
         seed: Of training. Banks have fixed seeds, so that runs share their cache.
         device: Where to train; default: the teacher's, or CPU.
-        out: Folder of the run to write, which must not exist; None writes nothing.
+        out: Folder of the run to write, which must not exist; None writes nothing. The student is a
+            diffusers folder in it, `student/`, or `student.safetensors` for modules of one's own.
         progress: Show progress bars.
         callback: A further Stable-Baselines3 callback.
 
@@ -496,9 +498,12 @@ def _finish_folder(
     bank: TeacherBank,
     samples: dict[str, Tensor],
 ) -> None:
-    export_student(
-        student, timesteps, teacher.make_solver().config, folder / "student", find_base(teacher)
-    )
+    if can_export(student):
+        export_student(
+            student, timesteps, teacher.make_solver().config, folder / "student", find_base(teacher)
+        )
+    else:  # a module of one's own, whose code is not ours to write
+        save_model(merge(student).network, str(folder / "student.safetensors"))
     steps = report["num_steps"]
     rows = {
         f"teacher, {teacher.num_steps} steps": bank.teacher_x_0,

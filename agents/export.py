@@ -12,9 +12,14 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from torch import Tensor
 
+from redif_env.adapters import EDMNetwork
 from redif_env.denoiser import Denoiser
 from redif_env.errors import InvalidArgumentError
 from redif_env.loading import (
@@ -26,7 +31,7 @@ from redif_env.loading import (
     load_scheduler,
     network_name,
 )
-from redif_env.noise import FlowSchedule, VPSchedule
+from redif_env.noise import FlowSchedule, VESchedule, VPSchedule
 from redif_env.schedules import explicit, min_gap
 
 from . import portable
@@ -41,8 +46,8 @@ from diffusers import {scheduler}, {classes}
 info = json.load(open("redif.json"))
 {name} = {network}.from_pretrained("{name}")
 scheduler = {scheduler}.from_pretrained("scheduler")
-scheduler.set_timesteps({times}=info["{times}"])
-x = torch.randn(10, {shape}, generator=torch.Generator().manual_seed(0))
+scheduler.set_timesteps({times})
+x = {scale}torch.randn(10, {shape}, generator=torch.Generator().manual_seed(0))
 {labels}
 for t in scheduler.timesteps:
     with torch.no_grad(): x = scheduler.step({prediction}, t, x).prev_sample
@@ -140,12 +145,14 @@ def export_student(
 
     The scheduler is diffusers' DPMSolverMultistep of order 1, which equals DDIM at eta = 0 and,
     unlike diffusers' DDIMScheduler, steps through any list of timesteps; for flow matching it is
-    FlowMatchEulerDiscrete.
+    FlowMatchEulerDiscrete, for EDM EDMEuler.
 
     Args:
-        student: The denoiser; its network must be a diffusers model. Adapters are merged.
+        student: The denoiser; its network must be a diffusers model, or an `EDMNetwork` of one on
+            a `VESchedule`. Adapters are merged.
         timesteps: Its grid, with or without the final 0.
-        scheduler_config: Config of the scheduler that the teacher was trained with.
+        scheduler_config: Config of the scheduler that the teacher was trained with; not used for
+            EDM, where the student knows all of it.
         folder: Where to write; must not exist. Appears complete or not at all.
         base: Folder of the teacher's pipeline, whose other parts (autoencoder, tokenizers, text
             encoders) are copied, so that the student is a whole pipeline.
@@ -213,13 +220,27 @@ def load_adaptive(folder: str | Path) -> AdaptivePipeline:
     )
 
 
+def can_export(student: Denoiser) -> bool:
+    """Whether a student's network is a diffusers model, which `export_student` needs."""
+    return hasattr(_diffusers_network(student), "save_pretrained")
+
+
 def _exportable(student: Denoiser) -> Denoiser:
-    student = merge(student)
-    if not hasattr(student.network, "save_pretrained"):
+    if not can_export(student):
         raise InvalidArgumentError(
             "student", type(student.network).__name__, "only diffusers models can be exported."
         )
-    return student
+    return merge(student)
+
+
+def _is_edm(student: Denoiser) -> bool:
+    return isinstance(student.network, EDMNetwork) and isinstance(student.schedule, VESchedule)
+
+
+def _diffusers_network(student: Denoiser) -> Any:
+    """The network that is saved: EDM's preconditioning is the scheduler's affair in diffusers."""
+    network: Any = student.network
+    return network.network if _is_edm(student) else network
 
 
 @contextlib.contextmanager
@@ -272,7 +293,7 @@ def _write_folder(
     scheduler_config: Any,
     base: str | Path | None,
 ) -> None:
-    network: Any = student.network
+    network = _diffusers_network(student)
     name = network_name(network)
     network.save_pretrained(temporary / name)
     make_scheduler(scheduler_config, student).save_pretrained(temporary / "scheduler")
@@ -328,8 +349,10 @@ def portable_head(head: ScheduleHead, student: Denoiser) -> PortableHead:
 
 def make_scheduler(
     scheduler_config: Any, student: Denoiser
-) -> DPMSolverMultistepScheduler | FlowMatchEulerDiscreteScheduler:
+) -> DPMSolverMultistepScheduler | FlowMatchEulerDiscreteScheduler | EDMEulerScheduler:
     """The stock scheduler that samples the student."""
+    if _is_edm(student):
+        return _make_edm_scheduler(student)
     if _is_flow(student):
         # Its Euler step is the kernel; and the student's times are not to be shifted again.
         plain = {"shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None}
@@ -345,12 +368,30 @@ def make_scheduler(
     )
 
 
+def _make_edm_scheduler(student: Denoiser) -> EDMEulerScheduler:
+    """Euler's method, which is the kernel, with the student's preconditioning and sigmas."""
+    schedule, network = student.schedule, student.network
+    assert isinstance(schedule, VESchedule)
+    assert isinstance(network, EDMNetwork)
+    return EDMEulerScheduler(
+        sigma_min=schedule.sigma_min,
+        sigma_max=schedule.sigma_max,
+        sigma_data=network.sigma_data,
+        rho=schedule.rho,
+        num_train_timesteps=schedule.num_train_timesteps,
+        prediction_type="v_prediction" if network.sign < 0 else "epsilon",
+    )
+
+
 def describe_student(student: Denoiser, grid: Tensor) -> dict[str, Any]:
     """What a sampler must know beside the weights."""
     times = [float(t) for t in grid[:-1]]
     known: dict[str, Any] = {"num_steps": len(times)}
     if _is_flow(student):
         known["sigmas"] = [t / student.schedule.num_train_timesteps for t in times]
+    elif _is_edm(student):
+        # What EDMEulerScheduler calls sigmas: shares of the way from sigma_max to sigma_min.
+        known["ramp"] = [1 - t / student.schedule.num_train_timesteps for t in times]
     else:
         known["timesteps"] = [int(t) for t in times]
     known["guidance_scale"] = student.guidance_scale
@@ -377,10 +418,16 @@ def snippet(student: Denoiser, index: Mapping[str, Any]) -> str:
         return _pipeline_snippet(student, index)
     if student.conditions is not None:
         return TABLE_SNIPPET
-    network: Any = student.network
+    network = _diffusers_network(student)
     name, kind, channels = network_name(network), type(network).__name__, student.latent_shape[0]
+    times = _times_name(student)
+    set_times, scale, x = f'{times}=info["{times}"]', "", "x"
+    if _is_edm(student):
+        set_times = 'sigmas=torch.tensor(info["ramp"])'
+        scale, x = "scheduler.config.sigma_max * ", "scheduler.scale_model_input(x, t)"
     decoder = next((part for part in AUTOENCODER_NAMES if part in index), None)
-    call = f"{name}(x, t{{}}).sample" if name == "unet" else f"{name}(x, t.expand(10){{}}).sample"
+    t = "t" if name == "unet" else "t.expand(10)"
+    call = f"{name}({x}, {t}{{}}).sample"
     if network.config.out_channels != channels:
         call += f"[:, :{channels}]"  # without the variances
     cond = call.format(", class_labels=labels" if student.num_classes is not None else "")
@@ -389,7 +436,8 @@ def snippet(student: Denoiser, index: Mapping[str, Any]) -> str:
     labels = LABELS_GUIDED if guided else LABELS
     lines = SNIPPET.format(
         scheduler=_scheduler_name(student),
-        times=_times_name(student),
+        times=set_times,
+        scale=scale,
         classes=kind if decoder is None else f"{kind}, {index[decoder][1]}",
         name=name,
         network=kind,
@@ -435,6 +483,8 @@ def _times_name(student: Denoiser) -> str:
 
 
 def _scheduler_name(student: Denoiser) -> str:
+    if _is_edm(student):
+        return EDMEulerScheduler.__name__
     kind = FlowMatchEulerDiscreteScheduler if _is_flow(student) else DPMSolverMultistepScheduler
     return kind.__name__
 

@@ -12,6 +12,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
@@ -26,6 +27,7 @@ from redif_env.errors import (
     check_number,
 )
 from redif_env.noise import expand
+from redif_env.rewards import online_terms
 from redif_env.vector_env import ReDiFVectorEnv
 
 from . import compatibility, diagnostics, losses, minibatch, schedule_learning
@@ -37,6 +39,7 @@ from .lora import merge
 from .minibatch import Evaluation
 from .policies import StudentPolicy, copy_of_teacher
 from .sampling import sample
+from .saving import TrainingState
 from .schedule_learning import ChoiceRollout
 from .statistics import EpisodeStatistics, HostView
 from .vec_env import TorchVecEnv
@@ -232,6 +235,7 @@ class ReDiFPPO(PPO):
         self.schedule_clip_range = check_number("schedule_clip_range", schedule_clip_range)
         self.schedule_ent_coef = check_number("schedule_ent_coef", schedule_ent_coef)
         self.rollouts = 0
+        self.training_state = TrainingState()
         compatibility.check_options(self)
         self.adaptive_coef = (
             None
@@ -317,6 +321,7 @@ class ReDiFPPO(PPO):
         if isinstance(self.policy, StudentPolicy) and self.micro_batch_size is not None:
             self.policy.set_batch_size(self.micro_batch_size)
         self._load_teacher_weights()
+        self._attach_state()
 
     def set_env(self, env: Any, force_reset: bool = True) -> None:
         """As in Stable-Baselines3; the environment must have the student's schedule."""
@@ -324,6 +329,7 @@ class ReDiFPPO(PPO):
         super().set_env(env, force_reset)
         try:
             self._configure()
+            self._attach_state()
         except InvalidArgumentError:
             self.env = before
             raise
@@ -397,6 +403,11 @@ class ReDiFPPO(PPO):
         compatibility.check_timesteps(
             self.policy_kwargs.get("timesteps", []), defaults.get("timesteps"), free
         )
+
+    def _attach_state(self) -> None:
+        base = self.env.env.unwrapped if isinstance(self.env, TorchVecEnv) else None
+        terms = online_terms(base.process.reward) if isinstance(base, ReDiFVectorEnv) else []
+        self.training_state.attach(terms, getattr(self.rollout_buffer, "order", None))
 
     def _check_student(self) -> None:
         base = self.env.env.unwrapped if isinstance(self.env, TorchVecEnv) else None
@@ -888,6 +899,26 @@ class ReDiFPPO(PPO):
                 self.env.num_envs, dtype=torch.bool, device=self.env.device
             )
         return result
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        modules, tensors = super()._get_torch_save_params()
+        return [*modules, "training_state"], tensors
+
+    def save(self, *args: Any, **kwargs: Any) -> None:
+        """As in Stable-Baselines3; with the state of the reward, where it is trained too."""
+        if self._gap is not None:
+            self.gap = float(self._gap)
+        super().save(*args, **kwargs)
+
+    def set_parameters(
+        self, load_path_or_dict: Any, exact_match: bool = True, device: torch.device | str = "auto"
+    ) -> None:
+        """As in Stable-Baselines3; the state of the reward may be missing."""
+        given = load_path_or_dict
+        if not isinstance(given, dict):
+            given = load_from_zip_file(given, device=device, load_data=False)[1]
+        own: dict[str, Any] = {"training_state": self.training_state.state_dict()}
+        super().set_parameters({**own, **given}, exact_match, device)
 
     def _excluded_save_params(self) -> list[str]:
         return [

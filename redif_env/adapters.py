@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .denoiser import Told, call_network
+from .denoiser import Call, Told, call_network
 from .errors import InvalidArgumentError, check_number
 from .noise import NoiseSchedule, expand
 
@@ -67,6 +67,7 @@ class EDMNetwork(SigmaNetwork):
         network, schedule: As for `SigmaNetwork`.
         sigma_data: Standard deviation of the data.
         sign: -1 for diffusers' `"v_prediction"`, whose c_out has the opposite sign.
+        call: How F is called, as for `Denoiser`.
     """
 
     def __init__(
@@ -75,15 +76,17 @@ class EDMNetwork(SigmaNetwork):
         schedule: NoiseSchedule,
         sigma_data: float = 0.5,
         sign: float = 1.0,
+        call: Call = call_network,
     ) -> None:
         super().__init__(network, schedule)
+        self.call = call
         self.sigma_data = check_number("sigma_data", sigma_data, 1e-12)
         self.sign = sign
 
     def estimate(self, x: Tensor, sigma: Tensor, told: Told) -> Tensor:
         scale, data = expand(sigma, x), self.sigma_data
         total = (scale**2 + data**2).sqrt()
-        raw = call_network(self.network, (x / total).to(x.dtype), sigma.log() / 4, told)
+        raw = self.call(self.network, (x / total).to(x.dtype), sigma.log() / 4, told)
         return (data / total) ** 2 * x + self.sign * scale * data / total * raw
 
     def extra_repr(self) -> str:

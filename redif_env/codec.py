@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,6 +13,24 @@ from torch import Tensor, nn
 from .errors import check_integer
 
 BATCH_SIZE = 16  # decoding a megapixel image takes gigabytes
+
+# By codec, latents and whether gradients are wanted: the latents, so that no others get their id,
+# and their pixels.
+_Kept = dict[tuple[int, int, bool], tuple[Tensor, Tensor]]
+_kept: contextvars.ContextVar[_Kept | None] = contextvars.ContextVar("pixels", default=None)
+
+
+@contextlib.contextmanager
+def decoding_once() -> Iterator[None]:
+    """Inside, codecs keep what they decode, and give it out again for the same tensor."""
+    if _kept.get() is not None:
+        yield
+        return
+    token = _kept.set({})
+    try:
+        yield
+    finally:
+        _kept.reset(token)
 
 
 class Codec(nn.Module):
@@ -42,9 +63,15 @@ class Codec(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels of latents `(N, C, H, W)`, float32 `(N, C', H', W')`, about in [-1, 1]."""
+        kept, key = _kept.get(), (id(self), id(latents), torch.is_grad_enabled())
+        if kept is not None and key in kept:
+            return kept[key][1]
         network: Any = self.network
         rows = (self.scale * latents + self.shift).split(self.batch_size)
-        return torch.cat([_decoded(network.decode(z)).float() for z in rows])
+        pixels = torch.cat([_decoded(network.decode(z)).float() for z in rows])
+        if kept is not None:
+            kept[key] = latents, pixels
+        return pixels
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:

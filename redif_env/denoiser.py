@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -24,7 +25,7 @@ def call_network(network: nn.Module, x_t: Tensor, t: Tensor, told: Told) -> Tens
         output = network(x_t, t, **told)
     else:
         output = network(x_t, t) if told is None else network(x_t, t, told)
-    return output if isinstance(output, Tensor) else output.sample
+    return output if isinstance(output, Tensor) else getattr(output, "sample", output)
 
 
 class Denoiser(nn.Module):
@@ -57,8 +58,9 @@ class Denoiser(nn.Module):
 
     Raises:
         InvalidArgumentError: for an `"epsilon"` network whose schedule reaches alpha = 0 (its
-            prediction carries no `x_0` there), an unknown prediction type, or guidance without a
-            null class.
+            prediction carries no `x_0` there), an unknown prediction type, guidance without a
+            null class, or a table with names that the network does not take; and, once it is asked,
+            for a network that returns anything else than a tensor like `x_t`.
     """
 
     def __init__(
@@ -94,6 +96,8 @@ class Denoiser(nn.Module):
                     "conditions", "with classes", "pass a table or num_classes, not both."
                 )
             num_classes, null_class = len(conditions), conditions.null_row
+            if call is call_network:
+                _check_names(network, list(conditions.tensors()))
         self.num_classes = num_classes
         self.null_class = null_class
         self.call = call
@@ -206,7 +210,32 @@ class Denoiser(nn.Module):
                 name: row.to(device, dtype if row.is_floating_point() else row.dtype)
                 for name, row in rows.items()
             }
-        return self.call(self.network, x_t.to(device, dtype), t.to(device), told).to(x_t)
+        prediction = self.call(self.network, x_t.to(device, dtype), t.to(device), told)
+        # One of another shape may broadcast, and train something else in silence.
+        shape = getattr(prediction, "shape", type(prediction).__name__)
+        if shape != x_t.shape:
+            raise InvalidArgumentError(
+                "network",
+                type(self.network).__name__,
+                f"it returned {shape} for {x_t.shape}: return a tensor like x_t, or pass call=.",
+            )
+        return prediction.to(x_t)
+
+
+def _check_names(network: nn.Module, names: list[str]) -> None:
+    """Refuse a table that `call_network` could not pass on."""
+    try:
+        signature = inspect.signature(network.forward)
+    except ValueError:  # TorchScript does not say
+        return
+    try:
+        signature.bind(None, None, **dict.fromkeys(names))
+    except TypeError as error:
+        raise InvalidArgumentError(
+            "conditions",
+            names,
+            f"name them as arguments of {type(network).__name__} after x_t and t ({error}).",
+        ) from error
 
 
 def rescale_guided(guided: Tensor, cond: Tensor, rescale: float) -> Tensor:

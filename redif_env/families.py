@@ -152,8 +152,15 @@ def check_table(network: Any, tensors: Rows) -> None:
         )
 
 
+def side_multiple(network: Any) -> int:
+    """What the sides of the latents must be multiples of."""
+    if isinstance(network, UNet2DModel):  # the conditional one pads where halves are not whole
+        return 2 ** (len(network.config.block_out_channels) - 1)
+    return patch_side(network)
+
+
 def patch_side(network: Any) -> int:
-    """Latent elements a side of a transformer's token, of which sides must be multiples."""
+    """Latent elements a side of a transformer's token."""
     if isinstance(network, FluxTransformer2DModel):
         return 2
     return network.config.get("patch_size") or 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,13 @@ from . import families
 from .adapters import EDMNetwork
 from .conditions import Conditions
 from .denoiser import Denoiser, call_network
-from .errors import InvalidArgumentError, TeacherFolderError, check_integer, check_number
+from .errors import (
+    InvalidArgumentError,
+    TeacherFolderError,
+    check_choice,
+    check_integer,
+    check_number,
+)
 from .noise import FlowSchedule, NoiseSchedule, VESchedule, VPSchedule
 from .prompts import encode_prompts, load_prompts, read_texts
 from .solvers import KernelSolver
@@ -74,7 +80,10 @@ def noise_schedule(scheduler: SchedulerMixin) -> NoiseSchedule:
             config.sigma_min, config.sigma_max, config.rho, config.num_train_timesteps
         )
     if hasattr(scheduler, "alphas_cumprod"):
-        return VPSchedule(scheduler.alphas_cumprod)
+        alpha_bar = scheduler.alphas_cumprod.clone()
+        if config.get("rescale_betas_zero_snr"):
+            alpha_bar[-1] = 0.0  # some write 2^-24, which can be more than the entry before it
+        return VPSchedule(alpha_bar)
     raise InvalidArgumentError(
         "scheduler", name, "pass a scheduler with alphas_cumprod, a FlowMatch* or an EDM* one."
     )
@@ -141,8 +150,9 @@ def build_denoiser(
     schedule, predicts = noise_schedule(scheduler), prediction_type(scheduler)
     call, module = families.NETWORKS[type(network)], network
     if isinstance(schedule, VESchedule):
+        check_choice("prediction_type", predicts, ("epsilon", "v_prediction"))
         sign = -1.0 if predicts == "v_prediction" else 1.0
-        module = EDMNetwork(network, schedule, scheduler.config.sigma_data, sign)
+        module = EDMNetwork(network, schedule, scheduler.config.sigma_data, sign, call)
         call, predicts = call_network, "sample"
     return Denoiser(
         module,
@@ -505,8 +515,11 @@ def _size(network: Any, latent_size: int | tuple[int, ...] | None) -> tuple[int,
         raise TeacherFolderError(
             "teacher", name, "its config has no sample_size: add one, or pass latent_size."
         )
-    height, width = (size, size) if isinstance(size, int) else size
-    side = families.patch_side(network)
+    sides = (size, size) if isinstance(size, int) else size
+    if not isinstance(sides, Sequence) or len(sides) != 2:
+        raise InvalidArgumentError("latent_size", size, "pass a height and width, or one integer.")
+    height, width = sides
+    side = families.side_multiple(network)
     for length in (height, width):
         if check_integer("latent_size", length, 1) % side:
             raise InvalidArgumentError("latent_size", size, f"pass multiples of {side}.")

@@ -41,7 +41,7 @@ def read_texts(source: Any) -> list[str]:
     remedy += f"{' or '.join(map(repr, TEXT_KEYS))}."
     try:
         if isinstance(source, str | Path):
-            texts = [line.strip() for line in Path(source).read_text("utf-8").splitlines()]
+            texts = [line.strip() for line in Path(source).read_text("utf-8-sig").splitlines()]
             texts = [text for text in texts if text]
         else:
             texts = [_text(row) for row in source]

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .code_key import own_code
 from .codec import Codec
 from .denoiser import Denoiser
 from .errors import CacheError, InvalidArgumentError, check_choice, check_integer
@@ -42,8 +43,9 @@ class Teacher:
 
     Raises:
         InvalidArgumentError: for a solver that draws random numbers: its answers are no function of
-            the noise, so that nothing could learn them; and for one that is none, or is of another
-            noise schedule or prediction type than the denoiser.
+            the noise, so that nothing could learn them; and for one that is none, that can not make
+            so many steps, or is of another noise schedule, time axis or prediction type than the
+            denoiser.
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class Teacher:
         self.source = source
         self.codec = codec
         _check_solver(make_solver(), denoiser)
-        _check_deterministic(make_solver, self.num_steps, denoiser)
+        _check_steps(make_solver, self.num_steps, denoiser)
 
     @property
     def device(self) -> torch.device:
@@ -100,7 +102,7 @@ class Teacher:
         )
 
     def fingerprint(self) -> str:
-        """Hex digest of all that the answers depend on: weights, guidance, solver, steps."""
+        """Hex digest of what the answers depend on: weights, code, guidance, solver, steps."""
         solver = self.make_solver()
         digest = hashlib.sha256()
         # Private entries of a config depend on how it was loaded, and their order on the process.
@@ -117,6 +119,7 @@ class Teacher:
             self.denoiser.latent_shape,
             _scales(self.denoiser.schedule),
             *_architecture(self.denoiser.network),
+            *own_code(self.denoiser.network, self.denoiser.call),
         ]
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
         _update(digest, self.denoiser.network.state_dict())
@@ -178,21 +181,41 @@ def _check_solver(solver: Any, denoiser: Denoiser) -> None:
         )
 
 
-def _check_deterministic(
-    make_solver: Callable[[], Any], num_steps: int, denoiser: Denoiser
-) -> None:
+def _check_steps(make_solver: Callable[[], Any], num_steps: int, denoiser: Denoiser) -> None:
     """Solve twice with a prediction of 0, which takes milliseconds, and compare."""
+    name = type(make_solver()).__name__
     x_T = torch.ones(1, 1, 2, 2, device=denoiser.device)
-    with torch.random.fork_rng(devices=[]):
-        first, second = (
-            _solve(make_solver(), num_steps, lambda x_t, t: torch.zeros_like(x_t), x_T)
-            for _ in range(2)
-        )
+    times: list[float] = []
+
+    def predict(x_t: Tensor, t: Tensor) -> Tensor:
+        times.append(float(t))
+        return torch.zeros_like(x_t)
+
+    try:
+        with torch.random.fork_rng(devices=[]):
+            first, second = (_solve(make_solver(), num_steps, predict, x_T) for _ in range(2))
+    except InvalidArgumentError:
+        raise
+    except Exception as error:  # diffusers raises many kinds
+        raise InvalidArgumentError(
+            "make_solver",
+            name,
+            f"it fails to make {num_steps} steps ({error}): pass fewer as num_steps, or another "
+            "solver, such as DDIMScheduler.",
+        ) from error
     if not torch.equal(first.nan_to_num(), second.nan_to_num()):
         raise InvalidArgumentError(
             "make_solver",
-            type(make_solver()).__name__,
+            name,
             "it draws random numbers: pass a deterministic one, such as DDIMScheduler.",
+        )
+    highest = denoiser.schedule.num_train_timesteps
+    if times[-1] > times[0] or min(times) < 0 or max(times) > highest:
+        raise InvalidArgumentError(
+            "make_solver",
+            f"{name} with times from {times[0]:g} to {times[-1]:g}",
+            f"pass one whose times fall from at most {highest}, the noise, towards 0, the data, "
+            "without invert_sigmas or timestep_type='continuous'.",
         )
 
 
@@ -273,7 +296,8 @@ class TeacherBank:
             The bank, on the teacher's device.
 
         Raises:
-            InvalidArgumentError: for a size, split, seed or batch size that makes no sense.
+            InvalidArgumentError: for a size, split, seed or batch size that makes no sense, and for
+                answers that are not finite.
             CacheError: if the cache cannot be written, for example on a full disk. Nothing partial
                 is left behind.
         """
@@ -325,7 +349,15 @@ def _ask(
         rows = slice(start, start + batch_size)
         classes = None if condition is None else condition[rows].to(teacher.device)
         answers.append(teacher.sample(x_T[rows].to(teacher.device), classes).cpu())
-    return cls(x_T, torch.cat(answers), condition)
+    teacher_x_0 = torch.cat(answers)
+    if not bool(teacher_x_0.isfinite().all()):
+        raise InvalidArgumentError(
+            "teacher",
+            "answers of NaN or infinity",
+            "look at its network, prediction type and schedule; float16 overflows: try another "
+            "dtype.",
+        )
+    return cls(x_T, teacher_x_0, condition)
 
 
 def _read(path: Path, key: str) -> TeacherBank | None:

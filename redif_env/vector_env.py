@@ -289,7 +289,8 @@ class ReDiFVectorEnv(VectorEnv):
         may_end = self._may_end()
         infos: dict[str, Any] = {}
         if may_end:
-            rewards, reward_map, terms = mdp.score(self.process, state)
+            with torch.no_grad():  # a reward's own weights may ask for gradients
+                rewards, reward_map, terms = mdp.score(self.process, state)
             terminations = mdp.terminal(self.process, state)
             self._bad_reward |= ~rewards.isfinite().all()
             infos = self._final_infos(state, rewards, reward_map, terminations)

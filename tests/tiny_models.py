@@ -27,6 +27,7 @@ from diffusers import (
     FluxTransformer2DModel,
     LDMPipeline,
     PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     PNDMScheduler,
     SD3Transformer2DModel,
@@ -55,7 +56,6 @@ class Family:
         sample: `(pipeline, x_T, condition, num_steps) -> x_0`, with nothing of this project.
         num_conditions: How many there are to choose from; None without any.
         num_steps: Steps of the teacher.
-        exports: Whether a student can be written as a folder of plain diffusers.
     """
 
     make: Callable[[], Any]
@@ -63,7 +63,6 @@ class Family:
     sample: Callable[[Any, Tensor, Tensor | None, int], Tensor]
     num_conditions: int | None = None
     num_steps: int = 4
-    exports: bool = True
 
 
 def seeded(kind: type, **config: Any) -> Any:
@@ -260,7 +259,9 @@ def t5_encoder(d_model: int = 16) -> Any:
     return seeded(T5EncoderModel, config=config)
 
 
-def pixart(use_additional_conditions: bool) -> PixArtAlphaPipeline:
+def pixart(
+    use_additional_conditions: bool, kind: type = PixArtAlphaPipeline
+) -> PixArtAlphaPipeline | PixArtSigmaPipeline:
     transformer = seeded(
         PixArtTransformer2DModel,
         num_attention_heads=2,
@@ -274,7 +275,7 @@ def pixart(use_additional_conditions: bool) -> PixArtAlphaPipeline:
         caption_channels=16,
         use_additional_conditions=use_additional_conditions,
     )
-    return PixArtAlphaPipeline(
+    return kind(
         tokenizer=t5_tokenizer(),
         text_encoder=t5_encoder(),
         vae=kl_autoencoder(),
@@ -480,6 +481,21 @@ FAMILIES = {
         sample_pixart,
         num_conditions=3,
     ),
+    "PixArt-Sigma": Family(
+        lambda: pixart(False, PixArtSigmaPipeline),
+        {"prompts": PROMPTS, "negative_prompt": "ugly", "guidance_scale": 3.0},
+        sample_pixart,
+        num_conditions=3,
+    ),
+    "latent diffusion with AutoencoderKL": Family(
+        lambda: LDMPipeline(
+            kl_autoencoder(),
+            pixel_unet(in_channels=4, out_channels=4),
+            DDIMScheduler(clip_sample=False, **BETAS),
+        ),
+        {},
+        plain_loop,
+    ),
     "latent diffusion": Family(
         lambda: LDMPipeline(
             vq_autoencoder(),
@@ -547,6 +563,5 @@ FAMILIES = {
         lambda: DDPMPipeline(pixel_unet(), EDMEulerScheduler(sigma_max=10.0)),
         {},
         sample_edm,
-        exports=False,
     ),
 }

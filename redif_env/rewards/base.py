@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from .. import schedules
+from ..codec import Codec, decoding_once
 from ..denoiser import Denoiser
 from ..errors import InvalidArgumentError, InvalidRewardError, check_number
 from ..noise import expand
 from ..teacher import TeacherBank
 from .maps import fit_map, with_mean
+
+ARGUMENTS = ("x_0", "teacher_x_0", "condition")
 
 
 class Score(NamedTuple):
@@ -66,6 +69,11 @@ class Reward(ABC):
     @property
     def name(self) -> str:
         return type(self).__name__.lower()
+
+    @property
+    def decoded_by(self) -> Codec | None:
+        """The codec that `nfe` counts twice, whose pixels the terms of a sum share; or None."""
+        return None
 
     @abstractmethod
     def __call__(self, x_0: Tensor, teacher_x_0: Tensor, condition: Tensor | None) -> Tensor:
@@ -132,7 +140,8 @@ class Reward(ABC):
         grid = schedules.explicit(timesteps, denoiser.schedule)
         terms = _terms(self)
         scores = []
-        for rows in torch.arange(len(bank), device=bank.x_T.device).split(batch_size):
+        parts = -(-len(bank) // batch_size)  # of like size: a distribution needs more than a rest
+        for rows in torch.arange(len(bank), device=bank.x_T.device).tensor_split(parts):
             condition = None if bank.condition is None else bank.condition[rows]
             x_0 = schedules.sample(denoiser, bank.x_T[rows], condition, grid)
             pair = x_0, bank.teacher_x_0[rows], condition
@@ -179,12 +188,14 @@ class WeightedSum(Reward):
         self.has_map = any(term.has_map for _, term in terms)
         self.differentiable = all(term.differentiable for _, term in terms)
         self.over_batch = any(term.over_batch for _, term in terms)
-        self.nfe = sum(term.nfe for _, term in terms)
+        codecs = [id(term.decoded_by) for _, term in terms if term.decoded_by is not None]
+        self.nfe = sum(term.nfe for _, term in terms) - 2 * (len(codecs) - len(set(codecs)))
 
     @property
     def name(self) -> str:
         return "+".join(f"{weight:g}*{term.name}" for weight, term in self.terms)
 
+    @decoding_once()
     def __call__(self, x_0: Tensor, teacher_x_0: Tensor, condition: Tensor | None) -> Tensor:
         parts = [weight * term(x_0, teacher_x_0, condition) for weight, term in self.terms]
         return sum(parts[1:], start=parts[0])
@@ -198,6 +209,7 @@ class WeightedSum(Reward):
     ) -> tuple[Tensor, Tensor | None]:
         return self.detailed(x_0, teacher_x_0, condition)[:2]
 
+    @decoding_once()
     def detailed(self, x_0: Tensor, teacher_x_0: Tensor, condition: Tensor | None) -> Score:
         total, total_map = x_0.new_zeros(len(x_0)), torch.zeros_like(x_0)
         terms: dict[str, Tensor] = {}
@@ -236,13 +248,14 @@ def _scale(reward: Reward, values: Tensor) -> float:
             "NaN or infinity",
             "return finite values for any sample.",
         )
-    if bool((values == values[0]).all()):
+    scale = float(values.double().std(correction=0))
+    if scale <= 1e-6 * float(values.abs().max()):  # rounding of float32 is no scale
         raise InvalidArgumentError(
             "reward",
             reward.name,
             "it scores all tasks alike, so it has no scale: pass more tasks, or weigh it by hand.",
         )
-    return float(values.double().std(correction=0))
+    return scale
 
 
 def evaluate(
@@ -254,7 +267,8 @@ def evaluate(
         float32 `(N,)`, and the map, float32 `(N, ...)`, or None.
 
     Raises:
-        InvalidRewardError: if the reward's or the map's shape, dtype or device is wrong.
+        InvalidRewardError: if the reward's or the map's shape, dtype or device is wrong, or it
+            changed its arguments in place.
     """
     return evaluate_terms(reward, x_0, teacher_x_0, condition)[:2]
 
@@ -263,12 +277,25 @@ def evaluate_terms(
     reward: Reward, x_0: Tensor, teacher_x_0: Tensor, condition: Tensor | None
 ) -> Score:
     """As `evaluate`, with what each term says."""
-    values, reward_map, terms = reward.detailed(x_0, teacher_x_0, condition)
+    samples = x_0, teacher_x_0, condition
+    before = [_version(part) for part in samples]
+    values, reward_map, terms = reward.detailed(*samples)
+    for name, part, version in zip(ARGUMENTS, samples, before, strict=True):
+        # Other terms, the next observation and the student's own log-ratios would see the change.
+        if _version(part) != version:
+            raise InvalidRewardError(
+                f"reward {reward.name!r} changed", name, "leave arguments alone: work on copies."
+            )
     _check_tensor(reward, values, (len(x_0),), x_0.device)
     for term in terms.values():
         _check_tensor(reward, term, (len(x_0),), x_0.device)
     reward_map = None if reward_map is None else reward_map.float()
     return Score(values.float(), reward_map, {name: term.float() for name, term in terms.items()})
+
+
+def _version(part: Tensor | None) -> int:
+    """How often a tensor was changed in place; 0 where torch does not count."""
+    return 0 if part is None or part.is_inference() else part._version
 
 
 def _check_tensor(

@@ -6,23 +6,24 @@ from torch import Tensor
 
 from ..codec import Codec
 from ..errors import InvalidArgumentError
-from .base import Reward, Score, WeightedSum, make_reward
+from .base import Reward, Score, WeightedSum, evaluate_terms, make_reward
+from .online import online_terms
 
 
 class Decoded(Reward):
     """A reward of the decoded samples and answers, which are images about in [-1, 1].
 
     A map, where the reward has one, is of pixels; it is averaged down to the latents where it is
-    used. Each score decodes every sample and every answer: at few steps that may cost more than
-    the student does, and a reward of the latents themselves costs nothing.
+    used. Each score decodes every sample and every answer, once for all terms of a sum: at few
+    steps that may cost more than the student does, and a reward of the latents costs nothing.
 
     Args:
         reward: Of pixels, or the name of one.
         codec: The teacher's, `teacher.codec`.
 
     Raises:
-        InvalidArgumentError: without a codec; for a sum of terms with and without maps, whose map
-            counts the latter once a *pixel*: add decoded terms instead.
+        InvalidArgumentError: without a codec; for a reward that is trained; for a sum of terms with
+            and without maps, whose map counts the latter once a *pixel*: add decoded terms instead.
     """
 
     def __init__(self, reward: str | Reward, codec: Codec) -> None:
@@ -38,6 +39,13 @@ class Decoded(Reward):
                 self.inner.name,
                 "decode term by term: Decoded(a, codec) + Decoded(b, codec).",
             )
+        # A distance within the batch has no memory to update.
+        if not all(term.over_batch for term in online_terms(self.inner)):
+            raise InvalidArgumentError(
+                "reward",
+                self.inner.name,
+                "it would never be updated: decode in its features= or network= instead.",
+            )
         self.codec = codec
         self.has_map = self.inner.has_map
         self.differentiable = self.inner.differentiable
@@ -47,6 +55,10 @@ class Decoded(Reward):
     @property
     def name(self) -> str:
         return f"decoded({self.inner.name})"
+
+    @property
+    def decoded_by(self) -> Codec:
+        return self.codec
 
     def __call__(self, x_0: Tensor, teacher_x_0: Tensor, condition: Tensor | None) -> Tensor:
         return self.inner(*self._decoded(x_0, teacher_x_0), condition)
@@ -60,7 +72,7 @@ class Decoded(Reward):
         return self.inner.score(*self._decoded(x_0, teacher_x_0), condition)
 
     def detailed(self, x_0: Tensor, teacher_x_0: Tensor, condition: Tensor | None) -> Score:
-        score = self.inner.detailed(*self._decoded(x_0, teacher_x_0), condition)
+        score = evaluate_terms(self.inner, *self._decoded(x_0, teacher_x_0), condition)
         terms = {f"decoded({name})": values for name, values in score.terms.items()}
         return score._replace(terms=terms)
 

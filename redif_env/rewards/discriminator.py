@@ -154,6 +154,8 @@ class Discriminator(OnlineReward):
     def update(
         self, x_0: Tensor, teacher_x_0: Tensor, condition: Tensor | None
     ) -> dict[str, float]:
+        if not len(x_0):  # the loss of no rows is NaN, and so would all weights be
+            return {}
         self._to(x_0.device)
         history = []
         with torch.enable_grad():
@@ -175,7 +177,7 @@ class Discriminator(OnlineReward):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"])
+        self.generator.set_state(state["generator"].cpu())
         self.updates = state["updates"]
 
     def _step(self, student: Tensor, teacher: Tensor, condition: Tensor | None) -> Tensor:

@@ -124,8 +124,8 @@ class Discrepancy(OnlineReward):
         reference: Teacher answers to compare with, float `(M, *latent_shape)`, M at least 2, such
             as another bank's `teacher_x_0`; None takes those of the batch.
         memory: Most recent student samples to score against, as `update` was given them, in place
-            of the batch: rows then do not influence each other. Until the first update all rewards
-            are 0, as if the student had been the teacher.
+            of the batch: rows then do not influence each other. Until it holds two samples all
+            rewards are 0, as if the student had been the teacher.
 
     Raises:
         InvalidArgumentError: for features that are not a row a sample, or too few rows.
@@ -147,6 +147,8 @@ class Discrepancy(OnlineReward):
             )
         self.features = frozen(features) if isinstance(features, nn.Module) else features
         self.size = check_integer("memory", memory, 0)
+        if self.size == 1:
+            raise InvalidArgumentError("memory", memory, "pass 2 or more: one has no distribution.")
         self.over_batch = self.size == 0
         self.memory: Tensor | None = None
         self._answers = reference
@@ -163,7 +165,7 @@ class Discrepancy(OnlineReward):
         if self.over_batch:
             _check_rows("x_0", x, 3)
             return -pseudo_values(reference, x)
-        if self.memory is None:
+        if self.memory is None or len(self.memory) < 2:
             return torch.zeros_like(x[:, 0])
         return -pseudo_values_beside(reference, x, self.memory.to(x.device))
 
@@ -175,8 +177,9 @@ class Discrepancy(OnlineReward):
             return {}
         x = self._features(x_0)
         kept = x if self.memory is None else torch.cat([self.memory.to(x.device), x])
-        _check_rows("x_0", kept, 2)
         self.memory = kept[-self.size :]
+        if len(self.memory) < 2:
+            return {"memory": float(len(self.memory))}
         reference = self._reference(teacher_x_0)
         distance = discrepancy(reference.kernel, self.memory, reference.features)
         return {"estimate": float(distance), "memory": float(len(self.memory))}

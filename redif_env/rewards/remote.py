@@ -61,7 +61,8 @@ class Remote(Reward):
         url: http or https.
         inputs: `"png"` or `"npy"`.
         batch_size: Samples of a request.
-        timeout: Seconds to wait for the server, each time that it is waited for.
+        timeout: Seconds to wait for the server, each time that it is waited for; an answer that is
+            not complete after as many is given up, too.
         retries: Further tries after the first.
         backoff: Seconds before the first of them.
         headers: Further headers, such as `Authorization`; they are not logged.
@@ -131,8 +132,13 @@ class Remote(Reward):
     def _send(self, body: bytes) -> bytes:
         self.requests += 1
         request = urllib.request.Request(self.url, body, self.headers, method="POST")
+        deadline, parts = time.monotonic() + self.timeout, []
         with urllib.request.urlopen(request, timeout=self.timeout) as response:
-            return response.read()
+            while part := response.read1(2**16):
+                parts.append(part)
+                if time.monotonic() > deadline:  # one that drips never keeps a read waiting
+                    raise TimeoutError(f"an answer not complete after {self.timeout:g} s")
+        return b"".join(parts)
 
 
 def encode(samples: Tensor, condition: Tensor | None, inputs: str) -> bytes:

@@ -185,6 +185,23 @@ def test_the_forced_last_step_is_no_choice(options):
     assert head.table.grad[:3].abs().max() == 0  # rows of other steps
 
 
+def test_where_no_candidate_leaves_enough_steps_the_data_is_the_only_choice():
+    """As from a start below them all; the environment then keeps the steps apart."""
+    head = make_head(SPACE, NOISES["vp"], GRID, kind="categorical", candidates=[600.0, 300.0])
+    head.min_steps = 3
+    torch.manual_seed(0)
+    obs = observe(NOISES["vp"], [50.0] * 20 + [850.0], [0] * 21)
+    choice = head(obs)
+    drawn = choice.sample()
+    assert (drawn[:20] == -1).all()
+    assert (choice.mode()[:20] == -1).all()
+    assert (choice.log_prob(drawn)[:20] == 0).all()
+    assert (choice.entropy()[:20] == 0).all()
+    s = head.next_time(drawn, obs)
+    assert s[:20].tolist() == [2.0] * 20  # room for two more steps
+    assert s[20] == 600  # where one candidate does, it is taken
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     t=st.integers(2, 999),

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import math
 
 import pytest
 import torch
+from safetensors.torch import load_model
 from stable_baselines3.common.callbacks import BaseCallback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agents import distill, distillation
 from agents.distillation import find_judge, next_free, versions, write_json
 from agents.evaluation import compare
-from redif_env import schedules
+from redif_env import Denoiser, KernelSolver, schedules
 from redif_env.errors import InvalidArgumentError, TeacherFolderError
 from redif_env.loading import load_denoiser, load_teacher
 from redif_env.rewards import MSE, PSNR
@@ -437,3 +439,30 @@ def test_what_another_method_can_not_use_is_refused(tmp_path, name, value):
         distill(teacher, **{**METHOD, name: value}, out=tmp_path / "run")
     assert caught.value.argument == name
     assert not list(tmp_path.iterdir())
+
+
+class Affine(torch.nn.Module):
+    """A network of points that diffusers knows nothing of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 2)
+
+    def forward(self, x_t, t):
+        return self.layer(x_t)
+
+
+def test_a_module_of_ones_own_leaves_its_weights_in_the_folder(tmp_path):
+    """It can be no diffusers folder, and that must not cost the run at its end."""
+    torch.manual_seed(0)
+    schedule = load_denoiser("digits").schedule
+    denoiser = Denoiser(Affine(), schedule, "sample", (2,))
+    teacher = Teacher(denoiser, functools.partial(KernelSolver, denoiser), 5)
+    out = tmp_path / "run"
+    result = distill(teacher, **SMALL, out=out)
+    assert {"summary.json", "config.json", "student.safetensors"} <= {p.name for p in out.iterdir()}
+    network = Affine()
+    assert load_model(network, out / "student.safetensors") == (set(), [])
+    for name, weight in result.student.network.state_dict().items():
+        assert torch.equal(network.state_dict()[name], weight)
+        assert not torch.equal(denoiser.network.state_dict()[name], weight)

@@ -11,7 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DModel
+from diffusers import (
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    UNet2DModel,
+)
 from gymnasium import spaces
 from small_world import tell_apart
 from torch import nn
@@ -74,7 +80,7 @@ def run_in_a_clean_process(folder: Path, lines: str) -> torch.Tensor:
 
 
 def expected_samples(student: Denoiser, grid, labels) -> torch.Tensor:
-    x_T = torch.randn(10, *student.latent_shape, generator=torch.Generator().manual_seed(0))
+    x_T = student.initial_noise(10, torch.Generator().manual_seed(0))
     times = schedules.explicit(grid, student.schedule)
     with torch.no_grad():
         return schedules.sample(student, x_T, labels, times)
@@ -118,6 +124,52 @@ def test_the_readme_of_an_unconditional_student_works(tmp_path):
     x = run_in_a_clean_process(folder, lines_of(folder))
     assert x.shape == (10, 2, 4, 4)
     torch.testing.assert_close(x, expected_samples(student, grid, None), **SAME_SAMPLES)
+
+
+EDM = {
+    "as published": EDMEulerScheduler(),
+    "v_prediction": EDMEulerScheduler(prediction_type="v_prediction", sigma_max=10.0, rho=5.0),
+    "of second order": EDMDPMSolverMultistepScheduler(sigma_data=1.0),
+}
+
+
+def make_edm_student(scheduler, **options) -> Denoiser:
+    torch.manual_seed(0)
+    network = UNet2DModel(
+        sample_size=4,
+        in_channels=2,
+        out_channels=2,
+        block_out_channels=(8,),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
+        add_attention=False,
+        num_class_embeds=4,
+    )
+    metadata = {"num_classes": 3, "null_class": 3}
+    return build_denoiser(network.eval(), scheduler, metadata, **options)
+
+
+@pytest.mark.parametrize("scheduler", EDM.values(), ids=EDM)
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
+def test_an_edm_student_is_sampled_by_the_edm_scheduler(tmp_path, scheduler, guidance_scale):
+    """Its times need not be whole; where the steps end is not the scheduler's to say."""
+    student, grid = make_edm_student(scheduler, guidance_scale=guidance_scale), (910.5, 533.0, 120)
+    labels = torch.arange(10) % 3
+    folder = export_student(student, grid, scheduler.config, tmp_path / "student")
+    x = run_in_a_clean_process(folder, lines_of(folder))
+    torch.testing.assert_close(x, expected_samples(student, grid, labels), rtol=1e-4, atol=1e-4)
+    # negative control: another grid has other samples
+    other = expected_samples(student, (900.0, 533.0, 120.0), labels)
+    assert (x - other).abs().max() > 0.01
+    # and the folder is a teacher again, with the same preconditioning
+    again = load_denoiser(folder, guidance_scale=guidance_scale)
+    assert repr(again.network) == repr(student.network)
+    x_t, t = torch.ones(3, 2, 4, 4), torch.tensor([1000.0, 300.0, 1.0])
+    with torch.no_grad():
+        ours, theirs = student(x_t, t, labels[:3]), again(x_t, t, labels[:3])
+    assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: f"{len(grid)} steps")

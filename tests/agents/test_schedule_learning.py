@@ -28,6 +28,7 @@ from redif_env import (
     schedules,
     transition,
 )
+from redif_env.errors import InvalidArgumentError
 from redif_env.loading import noise_schedule
 from redif_env.noise import expand
 
@@ -158,6 +159,26 @@ def test_only_running_rows_that_explored_are_trained_on(make_free):
 def test_how_many_rows_draw_their_times(trained, iteration, rows):
     """Three groups of four: whole groups only."""
     assert choosing_rows(trained, iteration, 12, 4) == rows
+
+
+@pytest.mark.parametrize(
+    ("num_envs", "group_size", "options"),
+    [(4, 4, {}), (2, 2, {}), (1, 1, {"advantage": "batch", "antithetic": False})],
+)
+def test_a_single_group_cannot_explore_both(make_env, make_model, num_envs, group_size, options):
+    """No row would be left to draw times: they would stay as they were, without a word."""
+    env = make_env(num_envs, schedule="free", num_steps=STEPS, group_size=group_size)
+    for trained in ("both", None):  # which is the default
+        with pytest.raises(InvalidArgumentError, match=f"both.*num_envs >= {2 * group_size}"):
+            make_model(env, trained=trained, **options)
+    make_model(env, trained="alternating", **options)
+    pair, single = (
+        make_env(2 * group_size, schedule="free", num_steps=STEPS, group_size=size)
+        for size in (group_size, 2 * group_size)
+    )
+    model = make_model(pair, trained="both", **options)
+    with pytest.raises(InvalidArgumentError, match="both"):
+        model.set_env(single)
 
 
 @pytest.mark.parametrize("trained", PARTS)

@@ -4,10 +4,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
 
-from redif_env import MSE, SSIM, Codec, Cosine, Decoded
+from redif_env import MSE, SSIM, Codec, Cosine, Decoded, Reward
 from redif_env.errors import InvalidArgumentError
 from redif_env.families import make_codec, pixel_factor
-from redif_env.rewards import evaluate, fit_map
+from redif_env.rewards import Discriminator, EnergyDistance, evaluate, fit_map
 
 BLOCKS = {
     "down_block_types": ("DownEncoderBlock2D",) * 2,
@@ -118,8 +118,66 @@ def test_gradients_flow_through_decoding():
     assert x_0.grad.abs().sum() > 0
 
 
+class Counting(Doubling):
+    def __init__(self):
+        super().__init__()
+        self.rows = 0
+
+    def decode(self, z):
+        self.rows += len(z)
+        return super().decode(z)
+
+
+def test_a_sum_decodes_a_batch_once():
+    network = Counting()
+    codec, x_0, answers = Codec(network), latents(), latents().flip(0)
+    other = Codec(network)
+    terms = [
+        Decoded(MSE(), codec),
+        MSE(),
+        Decoded(Cosine(), codec),
+        Decoded(SSIM(sigma=0.5), codec),
+    ]
+    apart = [evaluate(term, x_0, answers, None)[0] for term in terms]
+    assert network.rows == 3 * 6  # three decoded terms, three samples and answers each
+    both = terms[0] + 2.0 * terms[1] + terms[2] + terms[3]
+    for score in (lambda *samples: evaluate(both, *samples)[0], both):
+        network.rows = 0
+        values = score(x_0, answers, None)
+        assert network.rows == 6
+        torch.testing.assert_close(values, apart[0] + 2 * apart[1] + apart[2] + apart[3])
+        score(x_0 + 1, answers, None)  # nothing is kept from one call to the next
+        assert network.rows == 12
+    assert both.nfe == terms[0].nfe == 2
+    # negative control: another codec has other pixels
+    network.rows = 0
+    two = terms[0] + Decoded(Cosine(), other)
+    evaluate(two, x_0, answers, None)
+    assert network.rows == 12
+    assert two.nfe == 4
+
+
+def test_gradients_flow_though_a_term_before_wants_none():
+    class Contrast(Reward):
+        @torch.no_grad()
+        def __call__(self, x_0, teacher_x_0, condition):
+            return CODEC.decode(x_0).flatten(1).std(1)
+
+    def gradient(reward):
+        x_0 = latents().requires_grad_()
+        reward(x_0, latents().flip(0), None).sum().backward()
+        return x_0.grad
+
+    decoded = Decoded("mse", CODEC)
+    torch.testing.assert_close(gradient(Contrast() + decoded), gradient(decoded))
+
+
 def test_what_can_not_be_decoded_is_refused():
     with pytest.raises(InvalidArgumentError, match="codec=None"):
         Decoded("mse", None)
+    for reward in (Discriminator((4, 8, 12)), EnergyDistance(memory=8) + Cosine()):
+        with pytest.raises(InvalidArgumentError, match="never be updated"):
+            Decoded(reward, CODEC)
+    assert Decoded(EnergyDistance(), CODEC).over_batch
     with pytest.raises(InvalidArgumentError, match="term by term"):
         Decoded("mse + cosine", CODEC)

@@ -10,7 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from tiny_models import FAMILIES, PROMPTS
 
 import redif_env.prompts
@@ -167,6 +172,12 @@ def text_folder(tmp_path_factory):
 def own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("REDIF_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+def test_a_mark_of_byte_order_is_no_part_of_a_prompt(tmp_path):
+    """Windows' editors write one at the start of a file."""
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfdog\r\n\r\n cat \r\n")
+    assert redif_env.prompts.read_texts(tmp_path / "prompts.txt") == ["dog", "cat"]
 
 
 def refuse(*args, **kwargs):
@@ -357,6 +368,21 @@ BAD = {
         InvalidArgumentError,
         "latent_size",
     ),
+    "latents of three sides": (
+        lambda f, tmp: load_teacher(made("pixels"), latent_size=(8, 8, 8)),
+        InvalidArgumentError,
+        "latent_size",
+    ),
+    "latents of half a side": (
+        lambda f, tmp: load_teacher(made("pixels"), latent_size=8.5),
+        InvalidArgumentError,
+        "latent_size",
+    ),
+    "latents that can not be halved as often as the network does": (
+        lambda f, tmp: load_teacher(made("pixels"), latent_size=(8, 7)),
+        InvalidArgumentError,
+        "latent_size",
+    ),
     "a table of a wrong width": (
         lambda f, tmp: load_teacher(
             f, conditions=Conditions({"encoder_hidden_states": torch.zeros(2, 5, 9)})
@@ -400,3 +426,29 @@ def test_without_transformers_the_error_names_the_extra(text_folder, own_cache, 
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(MissingExtraError, match=r"redif\[transformers\]"):
         load_teacher(text_folder, prompts=PROMPTS)
+
+
+def test_a_network_told_by_name_may_have_an_edm_scheduler():
+    """Playground 2.5 is an SDXL network with EDM's preconditioning, which diffusers writes out."""
+    pipeline = FAMILIES["SDXL"].make()
+    pipeline.scheduler = EDMEulerScheduler(prediction_type="v_prediction")
+    denoiser = load_teacher(pipeline, prompts=PROMPTS).denoiser
+    assert isinstance(denoiser.schedule, VESchedule)
+    scheduler, unet = pipeline.scheduler, pipeline.unet
+    t, rows = torch.tensor([200.0, 900.0]), torch.tensor([0, 1])
+    sigmas = denoiser.schedule.sigma(t)
+    noise = torch.randn(2, *denoiser.latent_shape, generator=torch.Generator().manual_seed(0))
+    x_t = noise * sigmas[:, None, None, None]
+    told = dict(denoiser.conditions(rows))
+    added = {name: told.pop(name) for name in ("text_embeds", "time_ids")}
+    got = denoiser(x_t, t, rows)
+    for row, sigma in enumerate(sigmas):
+        one = slice(row, row + 1)
+        raw = unet(
+            scheduler.precondition_inputs(x_t[one], sigma),
+            scheduler.precondition_noise(sigma),
+            added_cond_kwargs={name: tensor[one] for name, tensor in added.items()},
+            **{name: tensor[one] for name, tensor in told.items()},
+        ).sample
+        wanted = scheduler.precondition_outputs(x_t[one], raw, sigma)
+        assert torch.allclose(got[one], wanted, **SAME)

@@ -14,6 +14,7 @@ LAYERS = (
     "transition",
     "conditions",
     "codec",
+    "code_key",
     "denoiser",
     "adapters",
     "onnx_graph",

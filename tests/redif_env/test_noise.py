@@ -9,7 +9,9 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,6 +49,21 @@ def test_vp_scales_are_those_of_diffusers(beta_schedule, zero_snr):
     # Both are float32 roots of the same float32 table: one rounding each.
     torch.testing.assert_close(schedule.alpha(TIMES), alpha_bar.sqrt().float(), rtol=2e-7, atol=0)
     torch.testing.assert_close(schedule.sigma(TIMES), (1 - alpha_bar).sqrt().float())
+
+
+@pytest.mark.parametrize("beta_schedule", BETA_SCHEDULES)
+@pytest.mark.parametrize(
+    "kind", [EulerDiscreteScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler]
+)
+def test_zero_terminal_snr_is_zero_where_schedulers_write_a_little_more(kind, beta_schedule):
+    """2^-24 is more than the entry before it of linear betas: no falling table."""
+    options = {"beta_schedule": beta_schedule, "rescale_betas_zero_snr": True}
+    scheduler = kind(prediction_type="v_prediction", **options)
+    assert scheduler.alphas_cumprod[-1] == 2**-24
+    ours, exact = noise_schedule(scheduler), noise_schedule(DDIMScheduler(**options))
+    assert float(ours.alpha(torch.tensor([999.0]))) == 0
+    torch.testing.assert_close(ours.alpha_table, exact.alpha_table, rtol=1e-5, atol=1e-6)
+    assert scheduler.alphas_cumprod[-1] == 2**-24  # the scheduler's own is left alone
 
 
 @pytest.mark.parametrize("beta_schedule", BETA_SCHEDULES)

@@ -3,6 +3,11 @@
 import functools
 import itertools
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +16,7 @@ from torch import nn
 
 from agents import ReDiFPPO
 from redif_env import (
+    Conditions,
     Denoiser,
     EDMNetwork,
     KernelSolver,
@@ -21,6 +27,8 @@ from redif_env import (
     TeacherBank,
     schedules,
 )
+from redif_env.code_key import own_code
+from redif_env.denoiser import call_network
 from redif_env.errors import InvalidArgumentError
 from redif_env.loading import build_denoiser, noise_schedule, solver_maker
 from redif_env.noise import FlowSchedule, VESchedule, VPSchedule, from_x0
@@ -231,3 +239,201 @@ def test_edm_sigmas_are_karras():
 def test_infinite_sigma_is_refused():
     with pytest.raises(InvalidArgumentError, match="infinite"):
         SigmaNetwork(Exact(), FlowSchedule())
+
+
+class Returns(nn.Module):
+    """A network that returns what `make` makes of `x_t`."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.make = make
+
+    def forward(self, x_t, t):
+        return self.make(self.weight * x_t)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda x: x.mean(1, keepdim=True), r"\[4, 1\].*\[4, 2\]"),  # would broadcast
+        (lambda x: x[:1], r"\[1, 2\].*\[4, 2\]"),
+        (lambda x: (x,), "tuple"),
+        (lambda x: None, "NoneType"),
+    ],
+)
+def test_a_network_that_returns_something_else_is_refused(make, message):
+    denoiser = Denoiser(Returns(make), VP, "sample", (2,))
+    with pytest.raises(InvalidArgumentError, match=message) as caught:
+        denoiser(torch.ones(4, 2), torch.full((4,), 500.0))
+    assert caught.value.argument == "network"
+    # negative control: like x_t, or an object that holds it as diffusers' do
+    for good in (lambda x: x, lambda x: SimpleNamespace(sample=x)):
+        denoiser = Denoiser(Returns(good), VP, "sample", (2,))
+        assert torch.equal(denoiser(torch.ones(4, 2), torch.full((4,), 500.0)), torch.ones(4, 2))
+
+
+def test_a_teacher_that_answers_nan_is_refused_and_not_cached(tmp_path):
+    """Otherwise the reward is blamed, and the answers stay in the cache."""
+    denoiser = Denoiser(Returns(lambda x: x * math.nan), VP, "sample", (2,))
+    teacher = Teacher(denoiser, functools.partial(KernelSolver, denoiser), 2)
+    with pytest.raises(InvalidArgumentError, match=r"teacher=.*NaN"):
+        TeacherBank.build(teacher, 4, cache_dir=tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_an_edm_network_predicts_what_edm_schedulers_know():
+    """They fail with other kinds; to take one for another would be silent."""
+    with pytest.raises(InvalidArgumentError, match="prediction_type='sample'"):
+        build_denoiser(UNet2DModel(8), EDMEulerScheduler(prediction_type="sample"), {})
+
+
+class Told(nn.Module):
+    def forward(self, x_t, t, embedding):
+        return x_t + embedding
+
+
+def test_a_table_of_other_names_is_refused():
+    good, bad = (Conditions({name: torch.ones(3, 2)}) for name in ("embedding", "text"))
+    with pytest.raises(InvalidArgumentError, match=r"conditions=.*text.*Told") as caught:
+        Denoiser(Told(), VP, "sample", (2,), conditions=bad)
+    assert caught.value.argument == "conditions"
+    wrapped = SigmaNetwork(Told(), VP)  # passes names on, whatever they are
+    assert Denoiser(wrapped, VP, "sample", (2,), conditions=good).num_classes == 3
+    denoiser = Denoiser(Told(), VP, "sample", (2,), conditions=good)
+    x_0 = denoiser(torch.ones(1, 2), torch.ones(1), torch.zeros(1).long())
+    assert torch.equal(x_0, torch.full((1, 2), 2.0))
+    # Compiled code does not say its arguments, and is taken as it is.
+    example = (torch.ones(1, 2), torch.ones(1), torch.ones(1, 2))
+    compiled = torch.jit.trace(Told(), example)
+    assert Denoiser(compiled, VP, "sample", (2,), conditions=good).num_classes == 3
+
+
+class Times(nn.Module):
+    """x_t times a constant of the module's."""
+
+    def __init__(self, factor=1.0, function=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.factor = factor
+        self.function = function
+
+    def forward(self, x_t, t):
+        x_t = self.factor * self.weight * x_t
+        return x_t if self.function is None else self.function(x_t)
+
+
+class Keeps(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+
+    def forward(self, x_t, t):
+        return self.weight * x_t
+
+
+class Doubles(Keeps):
+    def forward(self, x_t, t):
+        return 2 * self.weight * x_t
+
+
+Doubles.__name__ = "Keeps"  # which a script prints
+
+
+def make_times(power):
+    """Classes of one name and source, whose `forward` differs by what encloses it."""
+
+    class Enclosed(Times):
+        def forward(self, x_t, t):
+            return (self.weight * x_t) ** power
+
+    return Enclosed()
+
+
+def scripted(doubles):
+    return torch.jit.script(Doubles() if doubles else Keeps())
+
+
+def traced(function):
+    return torch.fx.symbolic_trace(Times(function=function))
+
+
+HALF = 0.5
+
+
+def scale(x_t):
+    return HALF * x_t
+
+
+def halve(network, x_t, t, told, times=0.5):
+    return scale(network(x_t, t)) * times
+
+
+NETWORKS = {
+    "an enclosed number": (make_times, (1, 2)),
+    "a constant": (Times, (1.0, 2.0)),
+    "a function": (functools.partial(Times, 1.0), (torch.sin, lambda x: x + 1, lambda x: x + 2)),
+    "a script": (scripted, (False, True)),
+    "a graph": (traced, (torch.sin, torch.cos)),
+    "what it wraps": (lambda power: nn.Sequential(make_times(power)), (1, 2)),
+}
+
+
+def key_of(network, **options):
+    denoiser = Denoiser(network, VP, "sample", (2,), **options)
+    return Teacher(denoiser, functools.partial(KernelSolver, denoiser), 4).fingerprint()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_code_is_part_of_the_key(name):
+    """Modules of the same name and weights that compute something else; and of the same, not."""
+    make, options = NETWORKS[name]
+    assert len({key_of(make(option)) for option in options}) == len(options)
+    assert len({key_of(make(options[-1])) for _ in range(2)}) == 1
+
+
+def test_how_the_network_is_called_is_part_of_the_key():
+    calls = [halve, functools.partial(halve, times=0.25), lambda network, x_t, t, told: x_t]
+    keys = [key_of(Times(), call=call) for call in calls]
+    assert len({*keys, key_of(Times())}) == 4
+    assert key_of(Times(), call=functools.partial(halve, times=0.25)) == keys[1]
+
+
+def test_what_the_code_refers_to_is_part_of_the_key(monkeypatch):
+    before = key_of(Times(), call=halve)
+    monkeypatch.setattr(sys.modules[__name__], "HALF", 0.25)
+    assert key_of(Times(), call=halve) != before
+
+
+PRINT_KEY = """
+import functools, sys
+sys.path[:0] = sys.argv[1:]
+from test_own_modules import Times, halve, key_of
+def forward(x):
+    return x if x.ndim in {2, 3, 4, 5} and str(x.dtype) in {"a", "b", "c", "d"} else 2 * x
+print(key_of(Times(2.0, forward), call=functools.partial(halve, times=0.25)))
+"""
+
+
+def test_the_key_of_own_code_is_that_of_any_process():
+    """Sets of constants have an order of the process's own."""
+    folder = Path(__file__).parent
+    keys = {
+        subprocess.run(
+            [sys.executable, "-c", PRINT_KEY, str(folder), str(folder.parent)],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(keys) == 1
+
+
+def test_what_libraries_wrote_needs_no_code(teacher):
+    """So that a bank in the cache outlives the releases of Python, and of this project."""
+    assert own_code(teacher.denoiser.network, teacher.denoiser.call) == []
+    assert own_code(nn.Sequential(nn.Linear(2, 2)), call_network) == []
+    assert own_code(SigmaNetwork(nn.Identity(), VP), call_network) == []

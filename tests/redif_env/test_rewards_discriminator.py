@@ -207,3 +207,12 @@ def test_bad_calls(bank):
     flat = Discriminator((1, 8, 8), network=nn.Sequential(nn.Flatten(), nn.Linear(64, 1)))
     with pytest.raises(InvalidArgumentError, match=r"network\(x_0\)=\(32, 1\).*\(32,\)"):
         flat(bank.x_T, bank.x_T, None)
+
+
+def test_no_rows_change_nothing(bank):
+    """As when no episode of a free schedule has ended: a step on none makes all weights NaN."""
+    reward = Discriminator((1, 8, 8))
+    before = reward(bank.x_T, bank.x_T, None)
+    assert reward.update(bank.x_T[:0], bank.x_T[:0], None) == {}
+    assert torch.equal(reward(bank.x_T, bank.x_T, None), before)
+    assert reward.updates == 0

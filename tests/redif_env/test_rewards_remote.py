@@ -23,8 +23,8 @@ class Server:
     """Scores a sample by the mean of its pixels, after `plan` is used up.
 
     Attributes:
-        plan: What to do with the next requests instead: a status, `"sleep"`, `"hang up"`, or bytes
-            to answer.
+        plan: What to do with the next requests instead: a status, `"sleep"`, `"hang up"`, `"drip"`,
+            or bytes to answer.
         seen: Content type, headers and number of samples of each request.
     """
 
@@ -63,6 +63,11 @@ class Handler(BaseHTTPRequestHandler):
             self.send_response(step if isinstance(step, int) else 200)
             self.send_header("Content-Length", str(len(answer)))
             self.end_headers()
+            if step == "drip":
+                for byte in answer:
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(0.05)
+                return None
             self.wfile.write(answer)
         except OSError:  # the other side did not wait
             pass
@@ -102,6 +107,16 @@ def score(reward, x_0, condition=None):
 
 def remote(server, **options):
     return Remote(server.url, **{"backoff": 0.01, "timeout": 5.0, **options})
+
+
+def test_a_server_that_drips_is_given_up(server, samples):
+    """No single read waits long; the whole answer would take 2 seconds and more."""
+    server.plan = ["drip"]
+    started = time.monotonic()
+    scores = score(remote(server, timeout=0.3, retries=1), samples)
+    assert time.monotonic() - started < 1.5
+    assert len(server.seen) == 2  # the second try is answered at once
+    assert scores.shape == (5,)
 
 
 @pytest.mark.parametrize(("inputs", "tolerance"), [("png", 1 / 255), ("npy", 1e-6)])

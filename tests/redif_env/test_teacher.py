@@ -11,20 +11,25 @@ import sys
 import pytest
 import torch
 from diffusers import (
+    DDIMInverseScheduler,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     LCMScheduler,
+    RePaintScheduler,
     UNet2DModel,
     UniPCMultistepScheduler,
 )
 from safetensors import safe_open
 
-from redif_env import Teacher, TeacherBank, load_teacher
+from redif_env import Denoiser, Teacher, TeacherBank, load_teacher
 from redif_env.errors import CacheError, InvalidArgumentError
 from redif_env.loading import BUNDLED, build_from_description, describe
+from redif_env.noise import FlowSchedule
 from redif_env.teacher import cache_folder, split_seed
 
 DIGITS = BUNDLED["digits"]
@@ -431,6 +436,37 @@ def test_a_solvers_option_can_make_it_stochastic(teacher):
 def test_a_solver_of_another_process_is_refused(teacher, changes, message):
     with pytest.raises(InvalidArgumentError, match=message):
         with_solver(teacher, **changes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_steps", "options", "message"),
+    [
+        (RePaintScheduler, 3, {}, "RePaintScheduler.*original_image"),
+        (DDIMScheduler, 1001, {}, "1001 steps.*num_steps"),
+        (DDIMInverseScheduler, 3, {}, "times from .*fall"),
+        (
+            EulerDiscreteScheduler,
+            3,
+            {"timestep_type": "continuous", "sigma_min": 0.002, "sigma_max": 80.0},
+            "timestep_type='continuous'",
+        ),
+    ],
+)
+def test_a_solver_that_fails_or_has_another_axis_of_time_is_refused(
+    teacher, kind, num_steps, options, message
+):
+    """log(sigma) / 4, and times that rise, would be asked of a student that knows neither."""
+    config = teacher.make_solver().config
+    with pytest.raises(InvalidArgumentError, match=message) as caught:
+        Teacher(teacher.denoiser, lambda: kind.from_config(config, **options), num_steps)
+    assert caught.value.argument == "make_solver"
+
+
+def test_flow_matching_from_data_to_noise_is_refused():
+    denoiser = Denoiser(torch.nn.Identity(), FlowSchedule(), "flow_prediction", (2,))
+    assert Teacher(denoiser, FlowMatchEulerDiscreteScheduler, 3).num_steps == 3
+    with pytest.raises(InvalidArgumentError, match="invert_sigmas"):
+        Teacher(denoiser, lambda: FlowMatchEulerDiscreteScheduler(invert_sigmas=True), 3)
 
 
 def test_what_can_not_step_is_no_solver(teacher):
