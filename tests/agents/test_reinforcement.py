@@ -34,8 +34,9 @@ def calls(monkeypatch, teacher):
 
 @pytest.mark.parametrize(
     ("preset", "rollout", "reference"),
-    # The default measures its gap to the teacher before it first explores.
-    [("default", 3 * 2 * 16, 0), ("grpo", 2 * 2 * 16, 2 * 2 * 16)],
+    # The default measures its gap to the teacher before it first explores, and asks once about the
+    # states of a pair: of eight pairs in the first step, of four in the second.
+    [("default", 2 * 16 + 2 * (8 + 4 + 8), 0), ("grpo", 2 * 2 * 16, 2 * 2 * 16)],
 )
 def test_the_ledger_is_what_networks_were_asked(teacher, bank, calls, preset, rollout, reference):
     """Of both iterations; with a KL penalty each trained transition is asked of the start, too."""
