@@ -79,7 +79,9 @@ def main(args: Args) -> None:
     runs = open_runs(args)
     if not args.report:
         context = multiprocessing.get_context("spawn")
-        others = [context.Process(target=work, args=(args,)) for _ in range(workers - 1)]
+        others = [
+            context.Process(target=work, args=(args,), daemon=True) for _ in range(workers - 1)
+        ]
         for process in others:
             process.start()
         work(args)

@@ -170,10 +170,9 @@ TRIALS: dict[str, Sequence[Settings]] = {
     ),
     "backprop": _RATES,
     OURS: (
-        {"learning_rate": 2e-4},
-        {"learning_rate": 4e-4},
-        {"learning_rate": 4e-4, "n_epochs": 1},
-        {"learning_rate": 4e-4, "n_epochs": 2},
+        *_rates(2e-4, 4e-4),
+        *_rates(2e-4, group_size=4, num_envs=1024, batch_size=512),
+        *_rates(5e-4, group_size=8, num_envs=2048, batch_size=1024),
     ),
 }
 # The best by paired MSE; of distribution matching, which pairs nothing, by Frechet distance.
