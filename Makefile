@@ -5,7 +5,7 @@ READY := .venv/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup distill test test-slow lint format teacher bench clean
+.PHONY: help setup distill test test-slow lint format teacher bench benchmark clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -40,6 +40,9 @@ teacher: $(READY) ## Retrain the bundled teacher (under ten minutes on two cores
 
 bench: $(READY) ## Measure rollout and update against the bare network
 	$(BIN)/python benchmarks/overhead.py $(ARGS)
+
+benchmark: $(READY) ## Compare every few-step technique; hours, resumable (ARGS="--task mixture --seeds 0")
+	OMP_NUM_THREADS=1 $(BIN)/python examples/compare.py $(ARGS)
 
 clean: ## Remove .venv and caches; runs/ stays
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -28,6 +28,7 @@ class RolloutBatch(NamedTuple):
         returns: Like `old_values`.
         old: The Gaussian that the actions were drawn from, `(B, *latent_shape)`, or None.
         step_index: Steps of the episode before each transition, int64 `(B,)`.
+        same: How many neighbouring transitions started in one state; it divides B.
     """
 
     observations: Any
@@ -38,6 +39,7 @@ class RolloutBatch(NamedTuple):
     returns: Tensor
     old: Gaussian | None
     step_index: Tensor
+    same: int = 1
 
 
 class TorchRolloutBuffer(RolloutBuffer):
@@ -57,6 +59,8 @@ class TorchRolloutBuffer(RolloutBuffer):
         stochastic_steps: How many neighbouring steps of each episode explored, from the one that
             `add_explored_step` names on, cyclically; None: all. Only those are trained on.
         num_tasks: Tasks of the bank, for `"task"`.
+        shares_states: Whether rows of a group are in one state when they explore: their
+            transitions then stay together.
         normalize_advantage: Whether advantages from a value map are whitened, over the rollout;
             those of the other kinds always are, those of scalar values are for the caller to.
         seed: Of the minibatch order. An own generator, so that the order does not shift the noise
@@ -79,6 +83,7 @@ class TorchRolloutBuffer(RolloutBuffer):
         episode_length: int = 1,
         stochastic_steps: int | None = None,
         num_tasks: int = 1,
+        shares_states: bool = False,
         normalize_advantage: bool = True,
         seed: int = 0,
         **kwargs: Any,
@@ -93,6 +98,7 @@ class TorchRolloutBuffer(RolloutBuffer):
         self.episode_length = episode_length
         self.stochastic_steps = stochastic_steps
         self.normalize_advantage = normalize_advantage
+        self.shares_states = shares_states
         self.forget_tasks(num_tasks)
         self._store: dict[str, Tensor] = {}
         super().__init__(*args, **kwargs)
@@ -109,6 +115,11 @@ class TorchRolloutBuffer(RolloutBuffer):
         """Begin anew with the means of tasks, of which there are `num_tasks`."""
         # of rows, and of maps
         self.task_means = TaskMeans(num_tasks), TaskMeans(num_tasks)
+
+    @property
+    def same(self) -> int:
+        """How many neighbouring rows are in one state when they explore."""
+        return self.group_size if self.shares_states else 1
 
     @property
     def has_value_map(self) -> bool:
@@ -244,11 +255,17 @@ class TorchRolloutBuffer(RolloutBuffer):
         return group_relative(outcome, self.group_size)
 
     def get(self, batch_size: int | None = None) -> Generator[RolloutBatch, None, None]:  # type: ignore[override]
-        """Minibatches that together hold every stochastic transition once, in random order."""
+        """Minibatches that together hold every stochastic transition once, in random order.
+
+        Where transitions of a group stay together, `batch_size` is rounded down to whole groups.
+        """
         rows = self._stochastic_rows()
+        if not len(rows):  # all episodes ended before the step that was to explore
+            return
+        rows = rows.reshape(-1, self.same)
         order = torch.randperm(len(rows), generator=self.order, device=self.device)
-        for part in order.split(batch_size or len(rows)):
-            yield self._batch(rows[part])
+        for part in order.split(max((batch_size or rows.numel()) // self.same, 1)):
+            yield self._batch(rows[part].flatten())
 
     def __getitem__(self, name: str) -> Tensor:
         """A stored tensor, `(T, N, ...)`: `actions`, `rewards`, `values`, `advantages`, ..."""
@@ -306,6 +323,7 @@ class TorchRolloutBuffer(RolloutBuffer):
             returns=take("returns"),
             old=gaussian,
             step_index=rows // self.n_envs % self.episode_length,
+            same=self.same,
         )
 
     def _observations(self, take: Callable[[str], Tensor]) -> dict[str, Tensor] | Tensor:

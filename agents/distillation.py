@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import inspect
 import json
 import os
 import platform
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,13 @@ from torch import Tensor
 
 from redif_env import schedules
 from redif_env.denoiser import Denoiser
-from redif_env.errors import InvalidArgumentError, check_integer, check_number
+from redif_env.errors import InvalidArgumentError, check_choice, check_integer, check_number
 from redif_env.loading import BUNDLED, INDEX, load_teacher
 from redif_env.rewards import Reward, make_reward
 from redif_env.teacher import Teacher, TeacherBank
-from redif_env.vector_env import FREE, ReDiFVectorEnv
 
-from . import presets, smaller
+from . import presets, reinforcement, smaller
+from .baselines import METHODS, OutputRegression, Result
 from .callbacks import HeldOutEvaluation, ProgressBar
 from .evaluation import JUDGE_FOLDER, Judge, compare
 from .export import can_export, export_student
@@ -38,6 +40,23 @@ from .ppo import ReDiFPPO
 PACKAGES = ("redif", "torch", "diffusers", "gymnasium", "stable_baselines3", "numpy")
 SEARCH = "search"
 LEARNED = "learned"
+PPO = "ppo"
+# Arguments of `distill` that mean something to PPO alone.
+PPO_ARGUMENTS = (
+    "preset",
+    "group_size",
+    "stochastic_steps",
+    "antithetic",
+    "n_epochs",
+    "eta",
+    "min_std",
+    "gap_fraction",
+    "lora_rank",
+    "lora_targets",
+    "micro_batch_size",
+    "gradient_checkpointing",
+    "callback",
+)
 # Seeds of banks: the searched grid and the reports must not depend on the run's seed.
 NUM_VALIDATION = 512
 REFERENCE_SEED = 1
@@ -51,13 +70,13 @@ class Distillation:
         student: The averaged student, in evaluation mode.
         timesteps: Its grid, float32 `(num_steps + 1,)`.
         report: What `summary.json` holds.
-        model: The agent, to go on training with.
+        model: The agent, to go on training with; None for another method than PPO.
     """
 
     student: Denoiser
     timesteps: Tensor
     report: dict[str, Any]
-    model: ReDiFPPO
+    model: ReDiFPPO | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +93,7 @@ def distill(
     teacher: str | Path | Teacher = "digits",
     num_steps: int = 4,
     *,
+    method: str = PPO,
     student: float | Mapping[str, Any] | None = None,
     warm_up: int | None = None,
     schedule: str | Sequence[float] = SEARCH,
@@ -110,11 +130,14 @@ def distill(
     Args:
         teacher: Bundled name, diffusers folder, or `Teacher`.
         num_steps: Steps, and network evaluations, of the student.
+        method: `"ppo"`, or another technique to compare with, see `baselines.METHODS`. Those make
+            `iterations * num_envs / batch_size` updates, and take none of `preset`, `group_size`,
+            the options of exploration and memory, `n_epochs`, adapters and `callback`.
         student: For a smaller one: its share of the teacher's parameters, such as 0.25, or settings
             of its network in place of the teacher's, such as `{"layers_per_block": 1}`. It starts
             from the teacher's corresponding weights, see `smaller.copy_weights`. None: all of it.
-        warm_up: Iterations of regression on the teacher's answers before reinforcement
-            learning, see `smaller.warm_up`; default: 1000 for a smaller student, else none.
+        warm_up: Iterations of regression on the teacher's answers before training proper, see
+            `smaller.WARM_UP`; default: 1000 for a smaller student, else none.
         schedule: `"search"` for the best grid of plain DDIM, `"learned"` for times that start
             there and are trained with the student, a grid name, or a list of times.
         reward: A `Reward` or the name of one. One with a map gets local credit.
@@ -158,8 +181,11 @@ def distill(
     num_held_out = check_integer("num_held_out", num_held_out, 100)
     num_steps = check_integer("num_steps", num_steps, 1)
     if warm_up is None:
-        warm_up = 0 if student is None else smaller.WARM_UP
+        warm_up = 0 if student is None else smaller.WARM_UP_ITERATIONS
     warm_up = check_integer("warm_up", warm_up, 0)
+    check_choice("method", method, (PPO, *METHODS))
+    if method != PPO:
+        _refuse_ppo_arguments(method, {**arguments, "callback": callback})
     recipe = presets.preset(preset)
     folder = _check_out(out)
     reward = make_reward(reward)
@@ -199,50 +225,79 @@ def distill(
     used = {**agent_options, "group_size": env_options["group_size"], "warm_up": warm_up}
     rate = check_number("learning_rate", agent_options["learning_rate"])
     agent_options["learning_rate"] = LinearSchedule(rate, 0.0 if recipe["decay"] else rate, 1.0)
-    check_integer("eval_every", eval_every, 1)
+    eval_every = check_integer("eval_every", eval_every, 1)
     # Everything is made once on the uniform grid, so that bad options meet their errors before the
     # teacher is asked and the grid is searched.
-    _make_model(teacher, num_envs, uniform, learned, None, env_options, agent_options)
+    reinforcement.make_model(teacher, num_envs, uniform, learned, None, env_options, agent_options)
 
     banks = _build_banks(teacher, bank_size, num_held_out, progress)
     searched, search_evaluations = _search(teacher, banks.validation, num_steps)
     timesteps = searched if given is None else given
-    model = _make_model(
+    model = reinforcement.make_model(
         teacher, num_envs, timesteps, learned, banks.train, env_options, agent_options
     )
     if folder is not None:
         _start_folder(folder, {**arguments, **used}, timesteps)
     training_started = time.monotonic()
-    policy: Any = model.policy
     start = teacher.denoiser
     if description is not None:
         start = smaller.make_smaller(teacher, description)
+    spent: Counter[str] = Counter()
     if warm_up:
-        start = smaller.warm_up(start, banks.train, timesteps, iterations=warm_up, seed=seed)
-    warm_up_rows = start.network_evaluations if warm_up else 0
-    policy.load_student(start.network.state_dict())
-    model.set_logger(configure(str(folder) if folder else None, ["tensorboard"] if folder else []))
-    held_out = HeldOutEvaluation(banks.validation, eval_every)
-    callbacks: list[BaseCallback] = [held_out]
-    callbacks += [ProgressBar(iterations)] if progress else []
-    callbacks += [callback] if callback else []
-    model.learn(iterations * num_envs * num_steps, callback=callbacks)
-
-    distilled = model.student()
-    if learned:
-        timesteps = policy.schedule_head.grid()
+        warmed = OutputRegression.train(
+            teacher,
+            banks.train,
+            timesteps,
+            start=start,
+            iterations=warm_up,
+            seed=seed,
+            **smaller.warm_up_options(num_steps),
+        )
+        start, spent["warm_up"] = warmed.student, warmed.ledger.total
+    began_at = timesteps
+    agent: ReDiFPPO | None = None
+    if method == PPO:
+        agent = model
+        policy: Any = agent.policy
+        policy.load_student(start.network.state_dict())
+        logs = ["tensorboard"] if folder else []
+        agent.set_logger(configure(str(folder) if folder else None, logs))
+        held_out = HeldOutEvaluation(banks.validation, eval_every)
+        callbacks: list[BaseCallback] = [held_out]
+        callbacks += [ProgressBar(iterations)] if progress else []
+        callbacks += [callback] if callback else []
+        agent.learn(iterations * num_envs * num_steps, callback=callbacks)
+        distilled, history = agent.student(), held_out.history
+        if learned:
+            timesteps = policy.schedule_head.grid()
+        spent.update(reinforcement.spent(agent, iterations * num_envs))
+    else:
+        rounds = _Rounds(iterations, num_envs, used["batch_size"], eval_every)
+        result, history = rounds.train(
+            method,
+            teacher,
+            banks,
+            timesteps,
+            start=start,
+            learning_rate=rate,
+            ema_decay=used["ema_decay"],
+            guidance_scale=guidance_scale,
+            seed=seed,
+            **({"reward": reward} if method == "backprop" else {}),
+        )
+        distilled = result.student
+        spent.update(result.ledger.evaluations)
     rivals: dict[str, tuple[Denoiser, Tensor]] = {
         "student": (distilled, timesteps),
         "ddim": (teacher.denoiser, uniform),
         "ddim_searched": (teacher.denoiser, searched),
     }
     if warm_up:
-        rivals["warm_up"] = (start, policy.timesteps)  # where learned times start, too
+        rivals["warm_up"] = (start, began_at)
     samples = {name: _sample(*rival, banks.test) for name, rival in rivals.items()}
-    ledger = _ledger(teacher, model, banks, search_evaluations if given is None else 0)
-    ledger["warm_up"] = 3 * warm_up_rows
-    ledger["reward"] = iterations * num_envs * reward.nfe
+    ledger = _ledger(teacher, banks, search_evaluations if given is None else 0, spent)
     report = {
+        "method": method,
         "num_steps": num_steps,
         "nfe": num_steps * distilled.nfe,
         "parameters": {
@@ -259,7 +314,7 @@ def distill(
         "network_evaluations": sum(ledger.values()),
         "ledger": ledger,
         "held_out": _judge(teacher, banks, samples),
-        "history": held_out.history,
+        "history": history,
         "training_seconds": round(time.monotonic() - training_started, 1),
         "seconds": round(time.monotonic() - started, 1),
         "versions": versions(),
@@ -267,7 +322,7 @@ def distill(
     }
     if folder is not None:
         _finish_folder(folder, report, distilled, timesteps, teacher, banks.test, samples)
-    return Distillation(distilled, timesteps, report, model)
+    return Distillation(distilled, timesteps, report, agent)
 
 
 def find_judge(teacher: Teacher) -> Judge | None:
@@ -319,26 +374,6 @@ def _as_teacher(teacher: str | Path | Teacher, device: str | None) -> Teacher:
     return load_teacher(teacher, device=device or "cpu")
 
 
-def _make_model(
-    teacher: Teacher,
-    num_envs: int,
-    timesteps: Tensor,
-    learned: bool,
-    bank: TeacherBank | None,
-    env_options: dict[str, Any],
-    agent_options: dict[str, Any],
-) -> ReDiFPPO:
-    """The agent on a fixed grid, or on one that starts there and is learned."""
-    times: dict[str, Any] = {"schedule": timesteps}
-    if learned:
-        num_steps = len(timesteps) - 1
-        times = {"schedule": FREE, "num_steps": num_steps, "min_steps": num_steps}
-        policy = {**agent_options["policy_kwargs"], "timesteps": timesteps.tolist()}
-        agent_options = {**agent_options, "policy_kwargs": policy}
-    env = ReDiFVectorEnv(num_envs, teacher, bank=bank, **times, **env_options)
-    return ReDiFPPO("StudentPolicy", env, **agent_options)
-
-
 def _search(teacher: Teacher, bank: TeacherBank, num_steps: int) -> tuple[Tensor, int]:
     """The best grid of plain DDIM, and the network evaluations that it took to find."""
     before = teacher.denoiser.network_evaluations
@@ -374,7 +409,9 @@ def _judge(
     return figures
 
 
-def _ledger(teacher: Teacher, model: ReDiFPPO, banks: _Banks, searched: int) -> dict[str, int]:
+def _ledger(
+    teacher: Teacher, banks: _Banks, searched: int, spent: Mapping[str, int]
+) -> dict[str, int]:
     """Network-forward equivalents by purpose: 1 a row sent forward, 3 forward and back.
 
     With gradient checkpointing 4: a row is sent forward twice.
@@ -386,14 +423,57 @@ def _ledger(teacher: Teacher, model: ReDiFPPO, banks: _Banks, searched: int) -> 
     The teacher's answers count in full, also when they came from the cache.
     """
     asked = len(banks.train) + (len(banks.validation) if searched else 0)
-    policy: Any = model.policy
-    trained = model.rows_trained * policy.denoiser.nfe
     return {
         "teacher": asked * teacher.num_steps * teacher.denoiser.nfe,
         "search": searched,
-        "rollout": policy.denoiser.network_evaluations - trained,
-        "update": (4 if policy.settings["gradient_checkpointing"] else 3) * trained,
+        **spent,
     }
+
+
+def _refuse_ppo_arguments(method: str, arguments: dict[str, Any]) -> None:
+    defaults = {name: p.default for name, p in inspect.signature(distill).parameters.items()}
+    refused = [name for name in PPO_ARGUMENTS if arguments[name] != defaults[name]]
+    refused += ["schedule"] if arguments["schedule"] == LEARNED else []
+    refused += ["reward"] if method != "backprop" and arguments["reward"] != "mse" else []
+    for name in refused:
+        raise InvalidArgumentError(
+            name, arguments[name], f"leave it out: {method} has no use of it."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rounds:
+    """The length of another method's training in the words of PPO's."""
+
+    iterations: int
+    num_envs: int
+    batch_size: int
+    eval_every: int
+
+    def train(
+        self, method: str, teacher: Teacher, banks: _Banks, timesteps: Tensor, **options: Any
+    ) -> tuple[Result, list[dict[str, float]]]:
+        """Train, and judge on validation tasks after every `eval_every` iterations."""
+        updates = max(self.num_envs // self.batch_size, 1)
+        history: list[dict[str, float]] = []
+
+        def judge(update: int, student: Denoiser) -> None:
+            iteration, rest = divmod(update, updates)
+            if rest or (iteration % self.eval_every and iteration != self.iterations):
+                return
+            error = schedules.paired_mse(student, banks.validation, timesteps)
+            history.append({"iteration": iteration, "paired_mse": error})
+
+        result = METHODS[method].train(
+            teacher,
+            banks.train,
+            timesteps,
+            iterations=self.iterations * updates,
+            batch_size=min(self.batch_size, self.num_envs),
+            on_iteration=judge,
+            **options,
+        )
+        return result, history
 
 
 def _start_folder(folder: Path, arguments: dict[str, Any], timesteps: Tensor) -> None:

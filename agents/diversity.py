@@ -30,6 +30,17 @@ def radii(features: Tensor, k: int) -> Tensor:
     return distances(features, features).kthvalue(k + 1, dim=1).values
 
 
+def lies_in(points: Tensor, centres: Tensor, k: int) -> Tensor:
+    """Which balls hold which points, bool `(N, M)`.
+
+    Args:
+        points: Features `(N, F)`.
+        centres: Of the balls, features `(M, F)`; each reaches to its k-th nearest other centre.
+        k: Neighbours.
+    """
+    return distances(points, centres) <= radii(centres, k)
+
+
 def recalled(samples: Tensor, reference: Tensor, k: int) -> Tensor:
     """Which reference rows lie among the samples (Kynkaanniemi et al. 2019, eq. 2).
 
@@ -43,7 +54,7 @@ def recalled(samples: Tensor, reference: Tensor, k: int) -> Tensor:
     Returns:
         float32 `(M,)`, 0 or 1; the mean is the recall.
     """
-    return (distances(reference, samples) <= radii(samples, k)).any(1).float()
+    return lies_in(reference, samples, k).any(1).float()
 
 
 def covered(samples: Tensor, reference: Tensor, k: int) -> Tensor:
@@ -55,8 +66,7 @@ def covered(samples: Tensor, reference: Tensor, k: int) -> Tensor:
     Returns:
         float32 `(M,)`, 0 or 1; the mean is the coverage.
     """
-    near = distances(reference, samples).amin(1) <= radii(reference, k)
-    return near.float()
+    return lies_in(samples, reference, k).any(0).float()
 
 
 def label_balance(labels: Tensor, reference: Tensor) -> Tensor:
@@ -68,7 +78,12 @@ def label_balance(labels: Tensor, reference: Tensor) -> Tensor:
     """
     num = int(torch.cat([labels, reference]).max()) + 1
     shares = [torch.bincount(each, minlength=num) / len(each) for each in (labels, reference)]
-    return 1 - 0.5 * (shares[0] - shares[1]).abs().sum()
+    return balance(shares[0], shares[1])
+
+
+def balance(shares: Tensor, reference: Tensor) -> Tensor:
+    """1 minus the total variation distance between shares `(..., classes)`, in [0, 1], `(...)`."""
+    return 1 - 0.5 * (shares - reference).abs().sum(-1)
 
 
 def block_means(values: Tensor, blocks: int) -> Tensor:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 from redif_env.errors import TeacherFolderError
 from redif_env.teacher import TeacherBank
 
+from . import frechet
+
 JUDGE_FOLDER = "judge"
+CHUNK = 2048  # images at once: a whole data set would not fit into memory
 
 
 class Judge(nn.Module):
@@ -25,6 +30,7 @@ class Judge(nn.Module):
         sample_size: Height and width of the images.
         num_classes: Number of classes.
         num_features: Length of the feature vector.
+        num_halvings: Times that height and width are halved: two bring 28 to 7.
     """
 
     def __init__(
@@ -33,6 +39,7 @@ class Judge(nn.Module):
         sample_size: int = 8,
         num_classes: int = 10,
         num_features: int = 32,
+        num_halvings: int = 1,
     ) -> None:
         super().__init__()
         self.config = {
@@ -40,15 +47,19 @@ class Judge(nn.Module):
             "sample_size": sample_size,
             "num_classes": num_classes,
             "num_features": num_features,
+            "num_halvings": num_halvings,
         }
+        widths, side = [in_channels, 32, 32, *(num_halvings - 1) * [64]], sample_size
+        layers: list[nn.Module] = []
+        for i, (width, wider) in enumerate(itertools.pairwise(widths)):
+            stride = 2 if i else 1
+            layers += [nn.Conv2d(width, wider, 3, stride=stride, padding=1), nn.SiLU()]
+            side = math.ceil(side / stride)
         self.body = nn.Sequential(
-            nn.Conv2d(in_channels, 32, 3, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(32, 32, 3, stride=2, padding=1),
-            nn.SiLU(),
+            *layers,
             nn.Flatten(),
             nn.Dropout(0.3),
-            nn.Linear(32 * ((sample_size + 1) // 2) ** 2, num_features),
+            nn.Linear(widths[-1] * side**2, num_features),
         )
         self.head = nn.Sequential(nn.SiLU(), nn.Linear(num_features, num_classes))
         self.feature_mean: Tensor
@@ -72,7 +83,7 @@ class Judge(nn.Module):
     @torch.no_grad()
     def fit_whitening(self, images: Tensor) -> None:
         """Set the whitening so that the features of `images` have mean 0 and covariance I."""
-        features = self.body(images).double()
+        features = _in_chunks(self.body, images).double()
         values, vectors = torch.linalg.eigh(features.T.cov())
         self.feature_mean.copy_(features.mean(0))
         self.whitening.copy_(vectors / values.clamp_min(1e-6).sqrt())
@@ -102,6 +113,10 @@ class Judge(nn.Module):
         return judge.eval().requires_grad_(False)
 
 
+def _in_chunks(function: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    return torch.cat([function(chunk) for chunk in images.split(CHUNK)])
+
+
 @torch.no_grad()
 def frechet_distance(judge: Judge, samples: Tensor, reference: Tensor) -> float:
     """Frechet distance (Heusel et al. 2017, eq. 6) between whitened judge features.
@@ -111,16 +126,14 @@ def frechet_distance(judge: Judge, samples: Tensor, reference: Tensor) -> float:
         samples: Images `(N, C, H, W)` in [-1, 1].
         reference: Images `(M, C, H, W)` in [-1, 1].
     """
-    metric = FrechetInceptionDistance(judge, normalize=True).to(samples.device)
-    metric.update(samples, real=False)
-    metric.update(reference, real=True)
-    return float(metric.compute())
+    sides = (frechet.moments(_in_chunks(judge, images)) for images in (samples, reference))
+    return float(frechet.distance(*sides))
 
 
 @torch.no_grad()
 def label_agreement(judge: Judge, samples: Tensor, condition: Tensor) -> float:
     """Fraction of `samples` `(N, C, H, W)` that the judge gives the class in `condition` `(N,)`."""
-    return float((judge.logits(samples).argmax(1) == condition).float().mean())
+    return float((_in_chunks(judge.logits, samples).argmax(1) == condition).float().mean())
 
 
 def compare(
@@ -138,13 +151,13 @@ def compare(
     Returns:
         `paired_mse`, `frechet` and `label_agreement`.
     """
-    agreement = frechet = None
+    agreement = distance = None
     if judge is not None:
-        frechet = frechet_distance(judge, samples, reference.teacher_x_0)
+        distance = frechet_distance(judge, samples, reference.teacher_x_0)
         if bank.condition is not None:
             agreement = label_agreement(judge, samples, bank.condition)
     return {
         "paired_mse": float((samples - bank.teacher_x_0).square().mean()),
-        "frechet": frechet,
+        "frechet": distance,
         "label_agreement": agreement,
     }

@@ -15,6 +15,7 @@ from redif_env.transition import Gaussian
 from . import losses
 from .buffers import RolloutBatch
 from .policies import StudentPolicy
+from .sharing import neighbours
 
 
 class Evaluation(NamedTuple):
@@ -45,7 +46,8 @@ def evaluate_student(
 ) -> Evaluation:
     """Of a student: element by element, from the stored means."""
     assert batch.old is not None
-    distribution = policy.step_distribution(batch.observations, batch.actions)
+    shared = neighbours(len(batch.actions), batch.same, batch.actions.device)
+    distribution = policy.step_distribution(batch.observations, batch.actions, shared)
     mean, std = distribution.gaussian
     new_std = None if policy.step_scale is None else std
     x_s = batch.actions[:, : mean[0].numel()].reshape(mean.shape)
@@ -53,7 +55,7 @@ def evaluate_student(
     reference = None
     if with_reference:
         with torch.no_grad():
-            means = policy.reference_means(batch.observations, batch.actions)
+            means = policy.reference_means(batch.observations, batch.actions, shared)
         reference = Gaussian(means, batch.old.std)
     return Evaluation(
         log_ratio=losses.reduce_log_ratio(log_ratio_map, ratio),
@@ -81,7 +83,9 @@ def evaluate_generic(policy: Any, batch: Any) -> Evaluation:
 
 
 def split(batch: Any, num_rows: int | None) -> Iterator[Any]:
-    """Parts of a `RolloutBatch` of at most so many rows each; None: the batch as it is."""
+    """Parts of a `RolloutBatch` of at most so many states each; None: the batch as it is."""
+    if num_rows is not None:
+        num_rows *= getattr(batch, "same", 1)
     if num_rows is None or len(batch.actions) <= num_rows:
         yield batch
         return

@@ -28,6 +28,7 @@ from .critics import Critic, MapCritic
 from .distributions import JointDistribution, KernelDistribution, StepScale, joined
 from .lora import copy_trained, load_base, make_trainable
 from .sampling import sample
+from .sharing import Shared
 
 CHECKPOINTING = "enable_gradient_checkpointing"
 StudentSource = str | Path | Mapping[str, Any] | Denoiser | Callable[[], Denoiser]
@@ -176,6 +177,7 @@ class StudentPolicy(ActorCriticPolicy):
     def _build(self, lr_schedule: Schedule) -> None:
         settings = self.settings
         base = make_student(settings["student"]).eval()
+        base.network_evaluations = 0  # a copy of the teacher brings its count along
         self.denoiser = make_trainable(base, settings["lora_rank"], settings["lora_targets"])
         self.ema_denoiser = copy_trained(self.denoiser).requires_grad_(False)
         if settings["gradient_checkpointing"]:
@@ -234,6 +236,7 @@ class StudentPolicy(ActorCriticPolicy):
         rows: Tensor | None = None,
         antithetic: bool = False,
         choosing: Tensor | None = None,
+        shared: Shared | None = None,
     ) -> Exploration:
         """Draw actions for a rollout.
 
@@ -243,8 +246,9 @@ class StudentPolicy(ActorCriticPolicy):
             antithetic: Whether neighbours explore with opposite noise.
             choosing: Which rows draw their next time, bool `(N,)`; the others take the most likely
                 one. None: all. Only with a free schedule.
+            shared: Which rows are in one state; None: none.
         """
-        joint = self.get_distribution(obs)
+        joint = self._distribution(self.denoiser, obs, shared)
         choice = drawn = None
         kernel = joint
         if isinstance(joint, JointDistribution):
@@ -260,15 +264,19 @@ class StudentPolicy(ActorCriticPolicy):
             actions = joined(actions, drawn)
         return Exploration(actions, self.values(obs), kernel.gaussian, choice)
 
-    def step_distribution(self, obs: Mapping[str, Tensor], actions: Tensor) -> KernelDistribution:
+    def step_distribution(
+        self, obs: Mapping[str, Tensor], actions: Tensor, shared: Shared | None = None
+    ) -> KernelDistribution:
         """What the step outputs of actions `(N, A)` are drawn from, given their choices of time."""
-        return self._step_distribution(self.denoiser, obs, actions)
+        return self._step_distribution(self.denoiser, obs, actions, shared)
 
-    def reference_means(self, obs: Mapping[str, Tensor], actions: Tensor) -> Tensor:
+    def reference_means(
+        self, obs: Mapping[str, Tensor], actions: Tensor, shared: Shared | None = None
+    ) -> Tensor:
         """Means that the reference would explore around, `(N, *latent_shape)`."""
         if self.reference_denoiser is None:
             raise InvalidArgumentError("reference", False, "make the policy with reference=True.")
-        return self._step_distribution(self.reference_denoiser, obs, actions).gaussian.mean
+        return self._step_distribution(self.reference_denoiser, obs, actions, shared).gaussian.mean
 
     def get_distribution(  # type: ignore[override]
         self, obs: Mapping[str, Tensor]
@@ -276,18 +284,22 @@ class StudentPolicy(ActorCriticPolicy):
         return self._distribution(self.denoiser, obs)
 
     def _step_distribution(
-        self, denoiser: Denoiser, obs: Mapping[str, Tensor], actions: Tensor
+        self,
+        denoiser: Denoiser,
+        obs: Mapping[str, Tensor],
+        actions: Tensor,
+        shared: Shared | None = None,
     ) -> KernelDistribution:
-        joint = self._distribution(denoiser, obs)
+        joint = self._distribution(denoiser, obs, shared)
         return joint.step(actions[:, -1]) if isinstance(joint, JointDistribution) else joint
 
     def _distribution(
-        self, denoiser: Denoiser, obs: Mapping[str, Tensor]
+        self, denoiser: Denoiser, obs: Mapping[str, Tensor], shared: Shared | None = None
     ) -> KernelDistribution | JointDistribution:
         index, head = self._step_index(obs), self.schedule_head
         t = self.timesteps[index] if head is None else head.time(obs)
         x_t, condition = obs["latents"], _condition(obs)
-        x0_pred = denoiser(x_t, t, condition)
+        x0_pred = _ask(denoiser, x_t, t, condition, shared)
         scale = None if self.step_scale is None else self.step_scale(index)
 
         def step(s: Tensor) -> KernelDistribution:
@@ -422,6 +434,17 @@ def enable_gradient_checkpointing(network: nn.Module) -> None:
             f"{type(found or network).__name__} has none: pass False, and a smaller "
             "micro_batch_size.",
         ) from error
+
+
+def _ask(
+    denoiser: Denoiser, x_t: Tensor, t: Tensor, condition: Tensor | None, shared: Shared | None
+) -> Tensor:
+    """`x0_pred` of each row, computed once for rows in one state."""
+    if shared is None:
+        return denoiser(x_t, t, condition)
+    rows = shared.asked
+    some = None if condition is None else condition[rows]
+    return denoiser(x_t[rows], t[rows], some)[shared.answer]
 
 
 def _condition(obs: Mapping[str, Tensor]) -> Tensor | None:

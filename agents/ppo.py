@@ -41,6 +41,7 @@ from .policies import StudentPolicy, copy_of_teacher
 from .sampling import sample
 from .saving import TrainingState
 from .schedule_learning import ChoiceRollout
+from .sharing import Shared, Turns, draw_turns, in_rollout
 from .statistics import EpisodeStatistics, HostView
 from .vec_env import TorchVecEnv
 
@@ -129,7 +130,8 @@ class ReDiFPPO(PPO):
         seed, device: as in Stable-Baselines3; the device defaults to the environment's.
 
     Attributes:
-        rows_trained: Transitions that the student's gradients were computed for since construction.
+        rows_trained: States that the student's gradients were computed for since construction;
+            transitions of a group that start in one state count once.
         rollouts: Rollouts since construction.
         gap: What `gap_fraction` is a share of, in latent units; 0 until it is first needed, when
             it is measured on a few tasks without noise.
@@ -249,6 +251,7 @@ class ReDiFPPO(PPO):
         self.updates_skipped = 0
         self._skipped_in_a_row = 0
         self._explored_step: Tensor
+        self._turns: Turns
         self._error: Tensor | None = None
         self._choices = ChoiceRollout(0)
         self._row: Tensor
@@ -396,6 +399,8 @@ class ReDiFPPO(PPO):
             if self._copies_teacher:
                 defaults["student"] = copy_of_teacher(base.teacher, base.guidance_scale)
             compatibility.check_episodes(self, base.group_size, base.max_steps, base.process.reward)
+            # With a free schedule rows of a group may differ in their times.
+            self.rollout_buffer_kwargs["shares_states"] = self.window == 1 and not free
             self.rollout_buffer_kwargs.update(
                 group_size=base.group_size, episode_length=base.max_steps, num_tasks=base.num_tasks
             )
@@ -637,7 +642,7 @@ class ReDiFPPO(PPO):
                 return False
             skipped = self.updates_skipped
             statistics.update(self._take_step(statistics["loss"]))
-            self.rows_trained += len(batch.actions)
+            self.rows_trained += len(batch.actions) // getattr(batch, "same", 1)
             if self.updates_skipped == skipped:
                 self.updates += 1
                 if isinstance(self.policy, StudentPolicy):
@@ -808,8 +813,9 @@ class ReDiFPPO(PPO):
         """Actions `(N, A)`, and what the buffer keeps beside them."""
         if isinstance(self.policy, StudentPolicy):
             rows = self._exploring_rows(buffer)
+            shared = self._shared_rows(buffer)
             choosing = None if running is None else self._row >= buffer.student_rows
-            explored = self.policy.explore(observation, rows, self.antithetic, choosing)
+            explored = self.policy.explore(observation, rows, self.antithetic, choosing, shared)
             if explored.choice is not None and running is not None:
                 drawn = explored.actions[:, -1]
                 episode = buffer.pos // buffer.episode_length
@@ -832,10 +838,17 @@ class ReDiFPPO(PPO):
         step = buffer.pos % length
         if step == 0:
             groups = self.n_envs // buffer.group_size
-            drawn = torch.randint(length, (groups,), device=buffer.device)
-            self._explored_step = drawn.repeat_interleave(buffer.group_size)
+            first = self.rollouts + buffer.pos // length
+            self._turns = draw_turns(groups, length, first, buffer.device)
+            self._explored_step = self._turns.steps.repeat_interleave(buffer.group_size)
             buffer.add_explored_step(self._explored_step)
         return (step - self._explored_step) % length < (self.window or length)
+
+    def _shared_rows(self, buffer: TorchRolloutBuffer) -> Shared | None:
+        """Which rows are in one state in the current step, see `sharing`."""
+        if buffer.same == 1:
+            return None
+        return in_rollout(self._turns, buffer.pos % buffer.episode_length, buffer.same)
 
     def _action_bounds(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
         space: Any = self.action_space
@@ -926,6 +939,7 @@ class ReDiFPPO(PPO):
             "_last_obs",
             "_last_episode_starts",
             "_explored_step",
+            "_turns",
             "_start",
             "_gap",
             "_error",

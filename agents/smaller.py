@@ -7,8 +7,6 @@ then regressed on the teacher's answers until it is good enough for reinforcemen
 
 from __future__ import annotations
 
-import copy
-import itertools
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -17,22 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from redif_env import transition
 from redif_env.denoiser import Denoiser
-from redif_env.errors import InvalidArgumentError, check_integer, check_number
+from redif_env.errors import InvalidArgumentError, check_number
 from redif_env.loading import build_from_description, describe
-from redif_env.schedules import explicit
-from redif_env.teacher import Teacher, TeacherBank
+from redif_env.teacher import Teacher
 
 # What a student shares with its teacher: the latents, the condition, and how both enter.
 INTERFACE = (
     *("sample_size", "in_channels", "out_channels", "center_input_sample"),
     *("num_class_embeds", "class_embed_type", "prediction_type"),
 )
-WARM_UP = 1000  # iterations of a smaller student
+WARM_UP_ITERATIONS = 1000  # of a smaller student
 WARM_UP_ROWS = 256  # predictions of an iteration
-LEARNING_RATE = 1e-3
-MAX_GRAD_NORM = 1.0
+WARM_UP = {"learning_rate": 1e-3, "max_grad_norm": 1.0, "ema_decay": 0.0}
 
 
 class _Part(NamedTuple):
@@ -161,62 +156,9 @@ def copy_weights(source: Any, target: Any) -> None:
         weight.copy_(found)
 
 
-def warm_up(
-    start: Denoiser,
-    bank: TeacherBank,
-    timesteps: Tensor,
-    *,
-    iterations: int,
-    learning_rate: float = LEARNING_RATE,
-    seed: int = 0,
-) -> Denoiser:
-    """Regress a student's predictions of `x_0`, along its own grid, on the teacher's answers.
-
-    Each trajectory starts at noise of the bank and visits the states that the student is deployed
-    in; at each the squared error of the prediction is lowered (the regression of noise-image pairs
-    of Luhman and Luhman 2021, arXiv 2101.02388, at every step). No gradient flows through steps.
-
-    Args:
-        start: The student's start; not changed.
-        bank: Training tasks. The teacher is asked nothing more.
-        timesteps: The student's grid, `(num_steps + 1,)`.
-        iterations: Steps of Adam on about `WARM_UP_ROWS` predictions each; the learning rate falls
-            linearly to 0.
-        learning_rate: Initial learning rate.
-        seed: Of the order of tasks.
-
-    Returns:
-        The student, in evaluation mode. Its `network_evaluations` are those of the warm-up.
-    """
-    iterations = check_integer("iterations", iterations, 0)
-    learning_rate = check_number("learning_rate", learning_rate)
-    student = copy.deepcopy(start).eval().requires_grad_(True)
-    student.network_evaluations = 0
-    grid = explicit(timesteps, student.schedule).to(bank.x_T.device)
-    weights = list(student.network.parameters())
-    optimizer = torch.optim.Adam(weights, learning_rate)
-    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, max(iterations, 1))
-    generator = torch.Generator().manual_seed(seed)
-    num_tasks = max(WARM_UP_ROWS // (len(grid) - 1), 1)
-    for _ in range(iterations):
-        rows = torch.randint(len(bank), (num_tasks,), generator=generator).to(bank.x_T.device)
-        optimizer.zero_grad()
-        _add_gradients(student, bank, rows, grid)
-        torch.nn.utils.clip_grad_norm_(weights, MAX_GRAD_NORM)
-        optimizer.step()
-        decay.step()
-    return student
-
-
-def _add_gradients(student: Denoiser, bank: TeacherBank, rows: Tensor, grid: Tensor) -> None:
-    """Of the mean squared error of the predictions at all steps of the tasks `rows`, int64 (N,)."""
-    x_t, teacher_x_0 = bank.x_T[rows], bank.teacher_x_0[rows]
-    condition = None if bank.condition is None else bank.condition[rows]
-    times = grid.unsqueeze(1).expand(-1, len(rows))
-    for t, s in itertools.pairwise(times):
-        x0_pred = student(x_t, t, condition)
-        ((x0_pred - teacher_x_0).square().mean() / (len(grid) - 1)).backward()
-        x_t = transition.step(student.schedule, x_t, x0_pred.detach(), t, s).mean
+def warm_up_options(num_steps: int) -> dict[str, Any]:
+    """Of `OutputRegression.train` before reinforcement learning: `WARM_UP` on `num_steps` steps."""
+    return {**WARM_UP, "batch_size": max(WARM_UP_ROWS // num_steps, 1)}
 
 
 def _public(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from agents import ReDiFPPO, presets
 from agents.callbacks import IterationCallback
 from agents.distillation import find_judge, write_json
 from agents.evaluation import Judge, label_agreement
-from examples.train_teacher import NUM_CLASSES, Digits
+from examples.image_data import ImageData, load_images
 from redif_env import MSE, ReDiFVectorEnv, Reward, Teacher, TeacherBank, load_teacher, schedules
 from redif_env.errors import check_choice, require
 from redif_env.rewards import CompressedSize, Label
@@ -121,16 +121,19 @@ class Curve(IterationCallback):
 
 def make_blind(term: str) -> Reward:
     """The reward without a gradient."""
-    return CompressedSize() if term == "size" else Label(make_classifier(Digits.load("cpu")))
+    return CompressedSize() if term == "size" else Label(make_classifier(load_images("digits")))
 
 
-def make_classifier(digits: Digits, seed: int = 0, steps: int = 500) -> nn.Module:
+def make_classifier(digits: ImageData, seed: int = 0, steps: int = 500) -> nn.Module:
     """A small MLP on a few digits; the judge is a convolutional network that saw them all."""
     images, classes = digits.images[:NUM_LABELLED], digits.classes[:NUM_LABELLED]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         classifier = nn.Sequential(
-            nn.Flatten(), nn.Linear(images[0].numel(), 16), nn.Tanh(), nn.Linear(16, NUM_CLASSES)
+            nn.Flatten(),
+            nn.Linear(images[0].numel(), 16),
+            nn.Tanh(),
+            nn.Linear(16, digits.num_classes),
         )
         optimizer = torch.optim.Adam(classifier.parameters(), 2e-3)
         for _ in range(steps):

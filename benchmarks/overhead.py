@@ -20,6 +20,7 @@ from stable_baselines3.common.logger import configure
 from tqdm.auto import trange
 
 from agents import ReDiFPPO
+from agents.sharing import in_rollout
 from redif_env import ReDiFVectorEnv, TeacherBank, load_teacher
 from redif_env.errors import require
 
@@ -57,7 +58,7 @@ def make_model(args: Args) -> ReDiFPPO:
         teacher,
         num_steps=args.num_steps,
         schedule="uniform",
-        group_size=4,
+        group_size=2,
         bank=TeacherBank.build(teacher, 256),
     )
     model = ReDiFPPO("StudentPolicy", env, batch_size=args.batch_size, n_epochs=1, seed=0)
@@ -67,17 +68,22 @@ def make_model(args: Args) -> ReDiFPPO:
 
 
 def bare_rollout(model: ReDiFPPO) -> None:
-    """The forwards of a rollout and nothing else."""
-    buffer = model.rollout_buffer
+    """The forwards of a rollout, each state once, and nothing else."""
+    buffer: Any = model.rollout_buffer
     with torch.no_grad():
         for step in range(model.n_steps):
-            call_network(model, {k: v[step] for k, v in observations(buffer).items()})
+            obs = {name: rows[step] for name, rows in observations(buffer).items()}
+            shared = in_rollout(model._turns, step, buffer.same)
+            if shared is not None:
+                obs = {name: rows[shared.asked] for name, rows in obs.items()}
+            call_network(model, obs)
 
 
 def bare_update(model: ReDiFPPO) -> None:
-    """The forwards and backwards of an update and nothing else."""
+    """The forwards and backwards of an update, each state once, and nothing else."""
     for batch in model.rollout_buffer.get(model.batch_size):
-        call_network(model, batch.observations).square().mean().backward()
+        obs = {name: rows[:: batch.same] for name, rows in batch.observations.items()}
+        call_network(model, obs).square().mean().backward()
 
 
 def call_network(model: ReDiFPPO, obs: dict[str, torch.Tensor]) -> torch.Tensor:

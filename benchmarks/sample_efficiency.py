@@ -22,19 +22,18 @@ import torch
 from filelock import FileLock
 from matplotlib.figure import Figure
 from stable_baselines3.common.logger import configure
-from stable_baselines3.common.utils import LinearSchedule
 
-from agents import ReDiFPPO, presets
-from agents.baselines.backprop import backpropagate
+from agents import reinforcement
+from agents.baselines import Backprop
 from agents.callbacks import IterationCallback
 from agents.distillation import write_json
-from redif_env import MSE, ReDiFVectorEnv, Teacher, TeacherBank, load_teacher, schedules
+from redif_env import MSE, Teacher, TeacherBank, load_teacher, schedules
 from redif_env.denoiser import Denoiser
 from redif_env.errors import require
 
 LEVELS = (50, 20, 10)
 BACKPROP = "backprop"
-# What differs from the preset of the name's first part, or from `backpropagate`'s defaults.
+# What differs from the preset of the name's first part, or from `Backprop.train`'s defaults.
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "default-global": {"credit": "global"},
@@ -203,21 +202,21 @@ def make_task(num_steps: int, args: Args) -> Task:
 
 def run_agent(name: str, changes: dict[str, Any], task: Task, seed: int, args: Args) -> Curve:
     """Train a PPO recipe, with changes to its preset; returns its curve."""
-    recipe = presets.preset(name.split("-")[0])
-    options = {"decay": recipe["decay"], **recipe["agent"], **changes, "seed": seed}
-    rate = options["learning_rate"]
-    options["learning_rate"] = LinearSchedule(rate, 0.0 if options.pop("decay") else rate, 1.0)
-    policy = {**recipe["policy"], "learn_std": options.pop("learn_std", False)}
-    grouped, first_gap = options["advantage"] == "group", options.pop("first_gap", 0.0)
-    env = ReDiFVectorEnv(
-        args.num_envs,
+    changes = dict(changes)
+    first_gap = changes.pop("first_gap", 0.0)
+    if changes.get("advantage", "group") != "group":
+        changes["group_size"] = 1
+    reward = MSE()
+    env, agent = reinforcement.recipe_options(name.split("-")[0], changes, reward)
+    model = reinforcement.make_model(
         task.teacher,
-        schedule=task.grid,
-        bank=task.train,
-        seed=seed,
-        group_size=recipe["env"]["group_size"] if grouped else 1,
+        args.num_envs,
+        task.grid,
+        False,
+        task.train,
+        {**env, "reward": reward, "seed": seed},
+        {**agent, "seed": seed},
     )
-    model = ReDiFPPO("StudentPolicy", env, policy_kwargs=policy, **options)
     model.set_logger(configure(None, []))
     model.gap = first_gap
     curve = Curve(task)
@@ -237,11 +236,10 @@ def run_backprop(changes: dict[str, Any], task: Task, seed: int, args: Args) -> 
         if trajectories % (args.every * args.num_envs) == 0:
             curve.add(student, trajectories, 3 * num_steps * trajectories)
 
-    backpropagate(
-        task.teacher.denoiser,
+    Backprop.train(
+        task.teacher,
         task.train,
         task.grid,
-        MSE(),
         iterations=args.iterations * args.num_envs // batch_size,
         batch_size=batch_size,
         seed=seed,

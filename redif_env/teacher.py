@@ -262,6 +262,11 @@ class TeacherBank:
         condition = None if self.condition is None else self.condition[:num]
         return TeacherBank(self.x_T[:num], self.teacher_x_0[:num], condition)
 
+    def take(self, rows: Tensor) -> TeacherBank:
+        """The tasks in these rows, int64 `(N,)`."""
+        condition = None if self.condition is None else self.condition[rows]
+        return TeacherBank(self.x_T[rows], self.teacher_x_0[rows], condition)
+
     @classmethod
     def build(
         cls,

@@ -55,6 +55,22 @@ def step(
     return Gaussian(_mean(x_t, x0_pred, scales, std), std)
 
 
+def x0_of_step(schedule: NoiseSchedule, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    r"""The `x0_pred` whose deterministic step from `x_t` ends in `x_s`: the inverse of `step`.
+
+    .. math:: (x_s - r x_t) / (\alpha_s - r \alpha_t), \qquad r = \sigma_s / \sigma_t
+
+    (Salimans and Ho 2022, algorithm 2 and appendix G.)
+
+    Args:
+        schedule, x_t, t, s: as for `step`.
+        x_s: Where the step ends, `(N, ...)`.
+    """
+    alpha_t, sigma_t, alpha_s, sigma_s = _scales(schedule, x_t, t, s)
+    ratio = sigma_s / sigma_t
+    return (x_s - ratio * x_t) / (alpha_s - ratio * alpha_t)
+
+
 def exploration(
     schedule: NoiseSchedule,
     x_t: Tensor,

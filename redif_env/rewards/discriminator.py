@@ -111,6 +111,7 @@ class Discriminator(OnlineReward):
 
     Attributes:
         updates: Gradient steps so far.
+        network_evaluations: Rows that its own network was asked for: 1 forward, 3 forward and back.
 
     Raises:
         InvalidArgumentError: for classes without a condition, or logits that are not `(N,)`.
@@ -142,10 +143,12 @@ class Discriminator(OnlineReward):
         rate = check_number("learning_rate", learning_rate)
         self.optimizer = torch.optim.Adam(self.network.parameters(), rate, BETAS)
         self.updates = 0
+        self.network_evaluations = 0
 
     @torch.no_grad()
     def __call__(self, x_0: Tensor, teacher_x_0: Tensor, condition: Tensor | None) -> Tensor:
         self._to(x_0.device)
+        self.network_evaluations += len(x_0)
         return self._logits(x_0, condition)
 
     def update(
@@ -188,6 +191,7 @@ class Discriminator(OnlineReward):
         (loss + 0.5 * self.penalty * r1).backward()
         self.optimizer.step()
         self.updates += 1
+        self.network_evaluations += 3 * (len(real) + len(student))
         right = torch.cat([teacher_logits > 0, student_logits < 0]).float().mean()
         return torch.stack([loss.detach(), right, r1.detach()])
 

@@ -57,6 +57,11 @@ def gaussian_kernel(x: Tensor, y: Tensor, bandwidth: float | Tensor) -> Tensor:
     return (-0.5 * (distances(x, y) / bandwidth) ** 2).exp()
 
 
+def polynomial_kernel(x: Tensor, y: Tensor) -> Tensor:
+    """`(x y / F + 1)^3`, `(n, m)`: the kernel inception distance's (Binkowski et al. 2018)."""
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
 def mean_between_others(kernel_matrix: Tensor) -> Tensor:
     """Mean of a symmetric matrix `(n, n)` over its places off the diagonal, a scalar."""
     n = len(kernel_matrix)

@@ -385,6 +385,62 @@ def test_learned_times_start_at_the_searched_grid_and_are_exported(tmp_path):
     assert result.report["ledger"]["search"] > 0
 
 
+METHOD = {
+    "method": "progressive",
+    "num_steps": 1,
+    "schedule": [850.0],
+    "iterations": 4,
+    "num_envs": 32,
+    "batch_size": 16,
+    "bank_size": 64,
+    "num_held_out": 100,
+    "eval_every": 2,
+}
+
+
+def test_another_method_has_the_same_report_and_folder(tmp_path, small):
+    out = tmp_path / "run"
+    result = distill(new_teacher(), **METHOD, out=out)
+    assert result.model is None
+    assert set(result.report) == set(small.report)
+    assert result.report["method"] == "progressive"
+    assert [record["iteration"] for record in result.report["history"]] == [0, 2, 4]
+    ledger = result.report["ledger"]
+    # 4 iterations of 2 updates of 16 tasks; two steps of a teacher for each step of the student
+    assert ledger["update"] == 3 * 4 * 2 * 16
+    assert ledger["targets"] == 2 * 4 * 2 * 16
+    assert ledger["teacher"] == 64 * 5
+    exported = load_denoiser(out / "student")
+    assert torch.equal(weights(exported), weights(result.student))
+    assert not torch.equal(weights(exported), weights(new_teacher().denoiser))
+    assert json.loads((out / "student" / "redif.json").read_text())["timesteps"] == [850]
+    assert json.loads((out / "summary.json").read_text()) == result.report
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("method", "telepathy"),
+        ("preset", "grpo"),
+        ("eta", 0.1),
+        ("group_size", 4),
+        ("n_epochs", 2),
+        ("lora_rank", 4),
+        ("schedule", "learned"),
+        ("reward", "ssim"),
+        ("callback", CountRollouts()),
+        ("batch_size", 0),
+        ("ema_decay", 2.0),
+    ],
+)
+def test_what_another_method_can_not_use_is_refused(tmp_path, name, value):
+    teacher = new_teacher()
+    with pytest.raises(InvalidArgumentError) as caught:
+        distill(teacher, **{**METHOD, name: value}, out=tmp_path / "run")
+    assert caught.value.argument == name
+    assert not list(tmp_path.iterdir())
+
+
 class Affine(torch.nn.Module):
     """A network of points that diffusers knows nothing of."""
 

@@ -162,7 +162,7 @@ def rows_of(batch, rows):
             return {name: part[rows] for name, part in value.items()}
         return type(value)(*(part[rows] for part in value)) if value is batch.old else value[rows]
 
-    names = [name for name in batch._fields if name != "old_log_prob"]
+    names = [name for name in batch._fields if name not in ("old_log_prob", "same")]
     return batch._replace(**{name: take(getattr(batch, name)) for name in names})
 
 
@@ -224,8 +224,8 @@ def change_means(model, change):
     """Let the agent see other means of its own Gaussians."""
     step_distribution = model.policy.step_distribution
 
-    def changed(observations, actions):
-        distribution = step_distribution(observations, actions)
+    def changed(observations, actions, shared):
+        distribution = step_distribution(observations, actions, shared)
         mean, std = distribution.gaussian
         distribution.gaussian = Gaussian(change(mean), std)
         return distribution

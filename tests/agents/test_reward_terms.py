@@ -12,7 +12,7 @@ from stable_baselines3.common.logger import Logger
 from tripwire import arm, count_reads
 
 from agents import ReDiFPPO
-from agents.baselines.backprop import backpropagate
+from agents.baselines import Backprop
 from agents.statistics import EpisodeStatistics
 from redif_env import MSE, CompressedSize
 from redif_env.errors import InvalidArgumentError
@@ -108,6 +108,6 @@ def test_other_policies_log_them_too(make_env):
 
 def test_backpropagation_refuses_what_has_no_gradient(teacher, bank):
     with pytest.raises(InvalidArgumentError, match="no gradient leads through this one"):
-        backpropagate(
-            teacher.denoiser, bank, torch.tensor(GRID), MSE() + CompressedSize(), iterations=1
+        Backprop.train(
+            teacher, bank, torch.tensor(GRID), reward=MSE() + CompressedSize(), iterations=1
         )

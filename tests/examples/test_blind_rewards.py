@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import blind_rewards
-from examples.train_teacher import Digits
+from examples.image_data import load_images
 from redif_env.errors import InvalidArgumentError
 
 
@@ -40,7 +40,7 @@ def test_it_resumes_and_shows_a_run_beside_its_control(tmp_path, teacher, monkey
 
 
 def test_the_classifier_is_seeded_and_leaves_the_global_generator_alone():
-    digits = Digits.load("cpu")
+    digits = load_images("digits")
     before = torch.get_rng_state()
     first, again, other = (blind_rewards.make_classifier(digits, seed) for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), before)

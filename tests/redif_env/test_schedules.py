@@ -202,3 +202,19 @@ def test_no_steps_at_all_are_refused(teacher, bank, spec):
     }[spec]
     with pytest.raises(InvalidArgumentError, match="num_steps=0"):
         make()
+
+
+@every_schedule
+def test_halving_keeps_the_times_and_puts_others_between(schedule):
+    grid = schedules.uniform(schedule, 3)
+    finer = schedules.halve(grid, schedule)
+    assert_is_a_grid(finer, schedule, 6)
+    assert torch.equal(finer[::2], grid)
+    middles = (grid[:-1] + grid[1:]) / 2
+    torch.testing.assert_close(finer[1::2], middles, rtol=0, atol=0.5)
+
+
+def test_neighbours_cannot_be_halved():
+    with pytest.raises(InvalidArgumentError, match="between them"):
+        schedules.halve(torch.tensor([2.0, 1.0, 0.0]), VP)
+    assert schedules.halve(torch.tensor([2.0, 1.0, 0.0]), FLOW).tolist() == [2, 1.5, 1, 0.5, 0]

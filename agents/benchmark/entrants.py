@@ -1,0 +1,198 @@
+"""Who takes part: solvers on two grids, rivals that are trained, and ours.
+
+Everything that is trained starts from the same weights, on the same tasks, on plain DDIM's searched
+grid, spends the same number of network-forward equivalents, and is averaged alike. `TRIALS` has the
+settings that were tried, as many for each; `CHOSEN` those that were best on validation tasks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from redif_env.denoiser import Denoiser
+from redif_env.rewards import MMD, MSE, Discriminator, Reward
+
+from .. import baselines, reinforcement
+from ..baselines import METHODS, SOLVERS, Ledger, Result
+from .tasks import Task
+
+SEARCHED = "+search"
+GRID, UNIFORM = "grid", "uniform"  # a setting: not the searched grid
+EMA_DECAY = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class Entrant:
+    """One technique.
+
+    Attributes:
+        kind: `"solver"`, `"rival"` or `"ours"`.
+        train: `train(task, grid, budget, seed, **settings)`; None for a solver.
+        solver: The solver, for one.
+        searched: Whether its grid is searched; a solver's with that solver, else with DDIM.
+    """
+
+    kind: str
+    train: Callable[..., Result] | None = None
+    solver: str = "ddim"
+    searched: bool = True
+
+
+def _rival(name: str) -> Entrant:
+    def train(task: Task, grid: Tensor, budget: int, seed: int, **settings: Any) -> Result:
+        settings = {"start": task.start, **settings}
+        return METHODS[name].train(
+            task.teacher,
+            task.train,
+            grid,
+            budget=budget,
+            seed=seed,
+            ema_decay=EMA_DECAY,
+            **settings,
+        )
+
+    return Entrant("rival", train)
+
+
+def _ours(reward: Callable[[Task], Reward | str] = lambda task: "mse", **recipe: Any) -> Entrant:
+    def train(task: Task, grid: Tensor, budget: int, seed: int, **settings: Any) -> Result:
+        return _reinforce(
+            task, grid, budget, seed, task.start, reward(task), {**recipe, **settings}
+        )
+
+    return Entrant("ours", train)
+
+
+def _reinforce(
+    task: Task,
+    grid: Tensor,
+    budget: int,
+    seed: int,
+    start: Denoiser | None,
+    reward: Reward | str,
+    recipe: dict[str, Any],
+) -> Result:
+    return reinforcement.train(
+        task.teacher,
+        task.train,
+        grid,
+        budget=budget,
+        seed=seed,
+        start=start,
+        reward=reward,
+        **{"ema_decay": EMA_DECAY, **recipe},
+    )
+
+
+def _warm(first: str) -> Entrant:
+    """Half of the budget each: a rival first, ours from where it ended."""
+
+    def train(task: Task, grid: Tensor, budget: int, seed: int, **settings: Any) -> Result:
+        spend = budget // 2
+        warm = ENTRANTS[first].train
+        assert warm is not None
+        own = {name: value for name, value in CHOSEN[first].items() if name != GRID}
+        began = warm(task, grid, spend, seed, **own)
+        left = budget - began.ledger.total
+        settings = {**CHOSEN[OURS], **settings}
+        result = _reinforce(task, grid, left, seed, began.student, "mse", settings)
+        return dataclasses.replace(result, ledger=_added(began.ledger, result.ledger))
+
+    return Entrant("ours", train)
+
+
+def _added(first: Ledger, second: Ledger) -> Ledger:
+    return Ledger(
+        first.evaluations + second.evaluations,
+        first.updates + second.updates,
+        first.seconds + second.seconds,
+    )
+
+
+def _mmd(task: Task) -> Reward:
+    """Beside the error: the answers to other noise are what samples are to look like."""
+    return MSE() + 0.1 * MMD(reference=task.validation.teacher_x_0)
+
+
+def _discriminator(task: Task) -> Reward:
+    denoiser = task.teacher.denoiser
+    return MSE() + 0.01 * Discriminator(denoiser.latent_shape, denoiser.num_classes)
+
+
+OURS = "ours"
+ENTRANTS: dict[str, Entrant] = {
+    **{name: Entrant("solver", solver=name, searched=False) for name in SOLVERS},
+    **{
+        name + SEARCHED: Entrant("solver", solver=name)
+        for name, solver in SOLVERS.items()
+        if solver.any_grid
+    },
+    **{name: _rival(name) for name in METHODS},
+    OURS: _ours(),
+    f"output_regression+{OURS}": _warm("output_regression"),
+    f"progressive+{OURS}": _warm("progressive"),
+    f"{OURS}-times": _ours(learned=True),
+    f"{OURS}-mmd": _ours(_mmd),
+    f"{OURS}-discriminator": _ours(_discriminator),
+    "grpo": _ours(preset="grpo"),
+    # Its best settings of benchmarks/sample_efficiency.py's eight trials.
+    "ddpo": _ours(
+        preset="ddpo", learning_rate=5e-5, eta=0.0, min_std=0.1, clip_range=1e-2, decay=True
+    ),
+}
+
+Settings = dict[str, Any]
+
+
+def _rates(*rates: float, **others: Any) -> tuple[Settings, ...]:
+    return tuple({**others, "learning_rate": rate} for rate in rates)
+
+
+# What follows the teacher's trajectory learns worse on a grid that calls noise by another time.
+_ON_UNIFORM = (*_rates(2e-4, 5e-4, 1e-3, grid=UNIFORM), *_rates(5e-4))
+_RATES = _rates(1e-4, 2e-4, 5e-4, 1e-3)
+# Four each, at two steps.
+TRIALS: dict[str, Sequence[Settings]] = {
+    "output_regression": _RATES,
+    "trajectory_regression": (
+        *_rates(5e-4),
+        *_rates(2e-4, 5e-4, 1e-3, teacher_steps=12),
+    ),
+    "progressive": _ON_UNIFORM,
+    "consistency": _ON_UNIFORM,
+    "distribution_matching": (
+        *_rates(1e-4, batch_size=64, fake_updates=1),
+        *_rates(5e-5, 1e-4, 2e-4, batch_size=64, fake_updates=2),
+    ),
+    "backprop": _RATES,
+    OURS: (
+        *_rates(2e-4, 4e-4),
+        *_rates(2e-4, group_size=4, num_envs=1024, batch_size=512),
+        *_rates(5e-4, group_size=8, num_envs=2048, batch_size=1024),
+    ),
+}
+# The best by paired MSE; of distribution matching, which pairs nothing, by Frechet distance.
+CHOSEN: dict[str, Settings] = {
+    "output_regression": {"learning_rate": 5e-4},
+    "trajectory_regression": {"teacher_steps": 12, "learning_rate": 5e-4},
+    "progressive": {"grid": UNIFORM, "learning_rate": 5e-4},
+    "consistency": {"grid": UNIFORM, "learning_rate": 1e-3},
+    "distribution_matching": {"batch_size": 64, "fake_updates": 2, "learning_rate": 5e-5},
+    "backprop": {"learning_rate": 2e-4},
+    OURS: {"learning_rate": 2e-4},
+    f"progressive+{OURS}": {"grid": UNIFORM},
+}
+
+
+def solve(entrant: Entrant, task: Task, num_steps: int) -> Result:
+    """A solver's run, with the search of its grid on the ledger."""
+    grid, spent = task.uniform(num_steps), 0
+    if entrant.searched:
+        grid, spent = task.search(entrant.solver, num_steps)
+    result = baselines.solve(entrant.solver, task.teacher, grid)
+    result.ledger.evaluations["search"] += spent
+    return result

@@ -1,0 +1,278 @@
+"""Tables and pictures of finished runs, and what they show."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from ..comparison import Method, evaluate
+from ..distillation import write_json
+from ..pictures import save_samples
+from .entrants import ENTRANTS, OURS
+from .runs import Run, Runs
+
+# Of ours, those that the others are compared with, in this order; named before the runs.
+HEADLINE = (OURS, f"output_regression+{OURS}")
+WITH_JUDGE = ("paired_mse", "frechet", "coverage", "label_agreement", "label_balance")
+WITHOUT_JUDGE = ("paired_mse", "sliced_wasserstein", "coverage")
+RANKED = ("paired_mse", "frechet", "sliced_wasserstein")  # for verdicts
+NUM_RESAMPLES = 2000
+TITLES = {
+    "paired_mse": "paired MSE",
+    "frechet": "excess Frechet",
+    "sliced_wasserstein": "excess sliced W.",
+    "coverage": "coverage",
+    "label_agreement": "label agreement",
+    "label_balance": "label balance",
+}
+Finished = Mapping[str, list[tuple[Run, dict[str, Any]]]]
+
+
+def report(runs: Runs, planned: Sequence[Run], folder: Path) -> str:
+    """Compare the planned runs that are finished; returns Markdown.
+
+    Writes `TASK.md`, `TASK.json` with every interval and comparison, and the pictures
+    `TASK-nfe.png`, `TASK-cost.png` and `TASK-samples.png` to the folder.
+    """
+    sections, compared = [], {}
+    for num_steps in sorted({run.num_steps for run in planned}):
+        finished = find_finished(runs, [run for run in planned if run.num_steps == num_steps])
+        if finished:
+            found = compare(runs, finished)
+            compared[num_steps] = found
+            title = "1 step" if num_steps == 1 else f"{num_steps} steps"
+            sections.append(f"## {title}\n\n{table(finished, found)}\n\n{summary(found)}")
+            _draw_samples(runs, finished, folder)
+    if not compared:
+        return "No run is finished."
+    name = runs.task.name
+    written = {
+        "date": datetime.date.today().isoformat(),
+        "hardware": f"{platform.machine()}, {runs.task.teacher.device}",
+        "steps": compared,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / f"{name}.json", written)
+    _draw_quality(compared, folder / f"{name}-nfe.png")
+    _draw_cost(runs.read(), compared, folder / f"{name}-cost.png")
+    text = "\n\n".join([_opening(runs, compared), *sections]) + "\n"
+    _write_text(folder / f"{name}.md", text)
+    return text
+
+
+def find_finished(runs: Runs, planned: Sequence[Run]) -> Finished:
+    """The finished runs of each method, with their lines."""
+    finished: dict[str, list[tuple[Run, dict[str, Any]]]] = {}
+    for run in planned:
+        line = runs.find(run)
+        if line is not None:
+            finished.setdefault(run.method, []).append((run, line))
+    return finished
+
+
+def compare(runs: Runs, finished: Finished) -> dict[str, Any]:
+    """Intervals of every method, and the headline recipes against all others; plain data."""
+    task = runs.task
+    methods = {
+        name: Method([runs.load(run) for run, _ in own], task.test.condition, paired=True)
+        for name, own in finished.items()
+    }
+    found = evaluate(
+        methods,
+        task.yardstick,
+        task.features,
+        focus=[name for name in HEADLINE if name in methods],
+        figures=WITHOUT_JUDGE if task.judge is None else WITH_JUDGE,
+        num_resamples=NUM_RESAMPLES,
+    )
+    for name, own in finished.items():
+        lines = [line for _, line in own]
+        found["methods"][name]["runs"] = {
+            "seeds": len(lines),
+            "nfe": lines[0]["nfe"],
+            "cost": _mean([sum(line["ledger"].values()) for line in lines]),
+            "seconds": _mean([line["seconds"] for line in lines]),
+            "settings": lines[0]["settings"],
+        }
+    return found
+
+
+def table(finished: Finished, found: Mapping[str, Any]) -> str:
+    """One row a method, best paired MSE first within its kind, and the verdicts on ours."""
+    methods = found["methods"]
+    figures = [name for name in TITLES if name in found["floor"] or name == "paired_mse"]
+    ours = [name for name in HEADLINE if name in methods]
+    head = ["method", "NFE", "cost, k", "seconds", "seeds", *(TITLES[name] for name in figures)]
+    head += [f"`{name}` against it" for name in ours]
+    rows = [head, ["---"] * len(head)]
+    kinds = {"ours": 0, "rival": 1, "solver": 2}
+    for name in sorted(
+        methods, key=lambda n: (kinds[ENTRANTS[n].kind], methods[n]["paired_mse"]["estimate"])
+    ):
+        own = methods[name]
+        about = own["runs"]
+        cells = [name, about["nfe"], f"{about['cost'] / 1000:.0f}", f"{about['seconds']:.0f}"]
+        cells += [about["seeds"], *(_cell(own[figure], figure) for figure in figures)]
+        cells += [_verdicts(found, first, name) for first in ours]
+        rows.append([str(cell) for cell in cells])
+    floor = [
+        _cell(found["floor"][name], None) if name in found["floor"] else "0" for name in figures
+    ]
+    rows.append(["teacher on other noise", "", "", "", "", *floor, *([""] * len(ours))])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def summary(found: Mapping[str, Any]) -> str:
+    """Each verdict with the rivals that it holds against."""
+    lines = []
+    for name in HEADLINE:
+        for figure in RANKED:
+            words: dict[str, list[str]] = {}
+            for row in found["comparisons"]:
+                if row["method"] == name and row["figure"] == figure:
+                    words.setdefault(row["verdict"], []).append(row["rival"])
+            if words:
+                parts = (f"{word}: {', '.join(words[word])}" for word in sorted(words))
+                lines.append(f"* `{name}`, {TITLES[figure]}. {'. '.join(parts)}.")
+    return "\n".join(lines)
+
+
+def tuning_table(lines: Sequence[dict[str, Any]]) -> str:
+    """Trials in Markdown, best first, for each method."""
+    rows = ["| method | settings | paired MSE | Frechet |", "|---|---|---|---|"]
+    for line in sorted(lines, key=lambda each: (each["method"], each["paired_mse"])):
+        settings = ", ".join(f"{name} {value}" for name, value in line["settings"].items())
+        frechet = f"{line['frechet']:.3f}" if "frechet" in line else "-"
+        rows.append(f"| {line['method']} | {settings} | {line['paired_mse']:.5f} | {frechet} |")
+    return "\n".join(rows)
+
+
+def _opening(runs: Runs, compared: Mapping[int, Any]) -> str:
+    first = next(iter(compared.values()))
+    return (
+        f"# {runs.task.name}\n\n"
+        f"Means over seeds with {first['level']:.0%} intervals; {first['num_samples']} test tasks. "
+        "Cost: thousands of network-forward equivalents of training and of searching the grid, "
+        "without the teacher's answers, which all share. Seconds: of training, one thread."
+    )
+
+
+def _cell(figure: Mapping[str, Any], name: str | None) -> str:
+    """A figure with its interval; of distances the excess over the floor."""
+    shown = figure["excess"] if name in ("frechet", "sliced_wasserstein") else figure
+    low, high = _short(shown["low"]), _short(shown["high"])
+    return f"{_short(shown['estimate'])} ({low} to {high})"
+
+
+def _short(value: float) -> str:
+    if abs(value) >= 1000:
+        return f"{value:.2e}"
+    return f"{value:.5f}" if abs(value) < 0.1 else f"{value:.3f}"
+
+
+def _verdicts(found: Mapping[str, Any], method: str, rival: str) -> str:
+    words = [
+        row["verdict"]
+        for figure in RANKED
+        for row in found["comparisons"]
+        if (row["figure"], row["method"], row["rival"]) == (figure, method, rival)
+    ]
+    return " / ".join(words)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _distance(own: Mapping[str, Any]) -> float:
+    """What distributions are ranked by, over its floor."""
+    figure = "frechet" if "frechet" in own else "sliced_wasserstein"
+    return own[figure]["excess"]["estimate"]
+
+
+def _draw_quality(compared: Mapping[int, Any], path: Path) -> None:
+    """Paired MSE and excess distance against the network evaluations a sample."""
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    names = dict.fromkeys(name for found in compared.values() for name in found["methods"])
+    for name in names:
+        own = [found["methods"][name] for found in compared.values() if name in found["methods"]]
+        nfe = [each["runs"]["nfe"] for each in own]
+        style = _style(name)
+        left.plot(nfe, [each["paired_mse"]["estimate"] for each in own], label=name, **style)
+        right.plot(nfe, [max(_distance(each), 1e-3) for each in own], **style)
+    left.set(yscale="log", xlabel="network evaluations a sample", ylabel="paired MSE")
+    right.set(yscale="log", xlabel="network evaluations a sample")
+    right.set_ylabel("distance to the teacher, over the floor")
+    worst = [f["methods"]["ddim"] for f in compared.values() if "ddim" in f["methods"]]
+    if worst:  # some solvers diverge on uniform grids
+        left.set_ylim(top=3 * max(each["paired_mse"]["estimate"] for each in worst))
+        right.set_ylim(top=3 * max(map(_distance, worst)))
+    figure.legend(loc="outside right upper", fontsize=7)
+    _save(figure, path)
+
+
+def _draw_cost(lines: Sequence[Mapping[str, Any]], compared: Mapping[int, Any], path: Path) -> None:
+    """Paired MSE against what training cost, at every budget that was run."""
+    figure = Figure(figsize=(4.2 * len(compared), 4), layout="constrained")
+    axes = figure.subplots(1, len(compared), squeeze=False)[0]
+    for place, num_steps in zip(axes, compared, strict=True):
+        own = [line for line in lines if line["num_steps"] == num_steps and line["budget"]]
+        for name in dict.fromkeys(line["method"] for line in own):
+            points: dict[int, list[Mapping[str, Any]]] = {}
+            for line in own:
+                if line["method"] == name:
+                    points.setdefault(line["budget"], []).append(line)
+            costs = [_mean([sum(x["ledger"].values()) for x in points[b]]) for b in sorted(points)]
+            errors = [_mean([x["paired_mse"] for x in points[b]]) for b in sorted(points)]
+            place.plot(costs, errors, label=name, **_style(name))
+        title = "1 step" if num_steps == 1 else f"{num_steps} steps"
+        place.set(yscale="log", title=title, xlabel="network-forward equivalents")
+    axes[0].set_ylabel("paired MSE")
+    axes[-1].legend(fontsize=6)
+    _save(figure, path)
+
+
+def _draw_samples(runs: Runs, finished: Finished, folder: Path) -> None:
+    """Teacher and each method on the same tasks; of the last number of steps that is drawn."""
+    test = runs.task.test
+    if test.x_T.ndim != 4:
+        return
+    rows = {f"teacher, {runs.task.teacher.num_steps} steps": test.teacher_x_0}
+    for name, own in finished.items():
+        run, _ = own[0]
+        rows[f"{name}, {run.num_steps}"] = runs.load(run)
+    num_steps = next(iter(finished.values()))[0][0].num_steps
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{runs.task.name}-samples-{num_steps}.png"
+    save_samples(path, rows, test.condition, runs.task.teacher.codec)
+
+
+def _style(name: str) -> dict[str, Any]:
+    ours = ENTRANTS[name].kind == "ours"
+    place = list(ENTRANTS).index(name)
+    return {
+        "color": f"C{place % 10}",
+        "marker": "o" if ours else "s" if ENTRANTS[name].kind == "rival" else "x",
+        "linestyle": "-" if ours else "--" if ENTRANTS[name].kind == "rival" else ":",
+        "linewidth": 2 if name in HEADLINE else 1,
+        "markersize": 4,
+    }
+
+
+def _save(figure: Figure, path: Path) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, dpi=110, format="png")
+    os.replace(temporary, path)
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

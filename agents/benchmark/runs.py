@@ -1,0 +1,221 @@
+"""Running entrants: each run once, its samples kept, one line of figures a run.
+
+Several processes may work on the same folders: each run is taken by one, and one that was
+interrupted is started anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from redif_env import schedules
+from redif_env.errors import check_choice
+
+from ..baselines import Ledger, Result
+from ..comparison import measure
+from ..distillation import versions
+from .entrants import CHOSEN, ENTRANTS, GRID, TRIALS, UNIFORM, Entrant, solve
+from .tasks import Task
+
+SAMPLES = "x_0"
+TUNING_SEED = 100  # of no reported run
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What is to be done.
+
+    Attributes:
+        method: Name of the entrant.
+        num_steps: Steps of its grid.
+        seed: Of training; solvers have 0 only.
+        budget: Network-forward equivalents of training; 0 for solvers.
+        settings: Of training.
+    """
+
+    method: str
+    num_steps: int
+    seed: int
+    budget: int
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def entrant(self) -> Entrant:
+        """Who runs."""
+        return ENTRANTS[self.method]
+
+    @property
+    def label(self) -> str:
+        """A file's name."""
+        changed = "".join(f"-{name}-{value}" for name, value in sorted(self.settings.items()))
+        return f"{self.method}-{self.num_steps}-{self.seed}-{self.budget}{changed}"
+
+
+def plan(
+    methods: Iterable[str], num_steps: Iterable[int], seeds: Iterable[int], budget: int
+) -> list[Run]:
+    """Runs, all methods of a seed before the next seed, so that an early stop is fair.
+
+    Raises:
+        InvalidArgumentError: for an unknown method.
+    """
+    methods, steps = [_known(name) for name in methods], list(num_steps)
+    runs = []
+    for place, seed in enumerate(seeds):
+        for number in steps:
+            for name in methods:
+                if ENTRANTS[name].train is not None:
+                    runs.append(Run(name, number, seed, budget, CHOSEN.get(name, {})))
+                elif place == 0:
+                    runs.append(Run(name, number, 0, 0))
+    return runs
+
+
+def plan_trials(methods: Iterable[str], num_steps: int, budget: int) -> list[Run]:
+    """All trials of the methods that have any."""
+    return [
+        Run(name, num_steps, TUNING_SEED, budget, settings)
+        for name in methods
+        for settings in TRIALS.get(_known(name), [])
+    ]
+
+
+class Runs:
+    """The runs of a task.
+
+    Args:
+        task: The task.
+        lines: File of figures, a JSON object a line.
+        folder: Of samples and locks.
+    """
+
+    def __init__(self, task: Task, lines: Path, folder: Path) -> None:
+        self.task, self.lines, self.folder = task, lines, folder
+
+    def read(self) -> list[dict[str, Any]]:
+        """All lines so far."""
+        if not self.lines.exists():
+            return []
+        return [json.loads(line) for line in self.lines.read_text().splitlines()]
+
+    def find(self, run: Run) -> dict[str, Any] | None:
+        """The line of a run whose samples are there too, or None."""
+        if not self._samples(run).exists():
+            return None
+        wanted = {name: getattr(run, name) for name in ("method", "num_steps", "seed", "budget")}
+        for line in self.read():
+            if wanted.items() <= line.items() and line["settings"] == run.settings:
+                return line
+        return None
+
+    def load(self, run: Run) -> Tensor:
+        """A finished run's samples of the test tasks."""
+        return load_file(self._samples(run))[SAMPLES]
+
+    def execute(self, runs: Sequence[Run]) -> None:
+        """Do what is missing and nobody else is doing."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for number, run in enumerate(runs, 1):
+            lock = FileLock(self.folder / f"{run.label}.lock")
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                continue
+            with lock:
+                if self.find(run) is None:
+                    line = self._execute(run)
+                    shown = {k: line[k] for k in ("paired_mse", "frechet") if k in line}
+                    print(f"{number}/{len(runs)}", run.label, shown, line["seconds"], flush=True)
+
+    def grid(self, num_steps: int) -> tuple[Tensor, int]:
+        """The grid of all that is trained: plain DDIM's searched one, and what finding it cost."""
+        path = self.folder / f"grid-{num_steps}.json"
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                grid, spent = self.task.search("ddim", num_steps)
+                _write(path, json.dumps({"grid": grid.tolist(), "spent": spent}))
+        found = json.loads(path.read_text())
+        return schedules.explicit(found["grid"], self.task.teacher.denoiser.schedule), found[
+            "spent"
+        ]
+
+    def _execute(self, run: Run) -> dict[str, Any]:
+        task, entrant = self.task, run.entrant
+        if entrant.train is None:
+            result = solve(entrant, task, run.num_steps)
+        else:
+            settings = dict(run.settings)
+            grid, spent = task.uniform(run.num_steps), 0
+            if settings.pop(GRID, None) != UNIFORM:
+                grid, spent = self.grid(run.num_steps)
+            result = entrant.train(task, grid, run.budget, run.seed, **settings)
+            result.ledger.evaluations["search"] += spent
+        samples = result.sample(task.test.x_T, task.test.condition).detach().contiguous()
+        line = self._line(run, result, samples)
+        path = self._samples(run)
+        temporary = path.with_name(path.name + ".tmp")
+        save_file({SAMPLES: samples.cpu()}, temporary)
+        os.replace(temporary, path)
+        self.lines.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{self.lines}.lock"):
+            kept = [other for other in self.read() if not _same(other, line)]
+            _write(self.lines, "".join(json.dumps(each) + "\n" for each in (*kept, line)))
+        return line
+
+    def _line(self, run: Run, result: Result, samples: Tensor) -> dict[str, Any]:
+        task = self.task
+        figures = measure(samples, task.yardstick, task.features)
+        return {
+            **dataclasses.asdict(run),
+            "kind": run.entrant.kind,
+            "nfe": result.nfe,
+            "timesteps": result.timesteps.tolist(),
+            **{name: round(value, 6) for name, value in figures.items()},
+            "ledger": _costs(result.ledger),
+            "bank": len(task.train) * task.teacher.num_steps * task.teacher.denoiser.nfe,
+            "updates": dict(result.ledger.updates),
+            "seconds": round(result.ledger.seconds, 1),
+            "history": _thinned(result.history),
+            "num_test": len(task.test),
+            "threads": torch.get_num_threads(),
+            "device": str(task.teacher.device),
+            "versions": versions(),
+        }
+
+    def _samples(self, run: Run) -> Path:
+        return self.folder / f"{run.label}.safetensors"
+
+
+def _known(name: str) -> str:
+    return check_choice("method", name, tuple(ENTRANTS))
+
+
+def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    names = ("method", "num_steps", "seed", "budget", "settings")
+    return all(one[name] == other[name] for name in names)
+
+
+def _costs(ledger: Ledger) -> dict[str, int]:
+    return {name: count for name, count in ledger.evaluations.items() if count}
+
+
+def _thinned(history: list[dict[str, float]], num: int = 20) -> list[dict[str, float]]:
+    """Some entries, evenly spread, the last one too."""
+    every = max(len(history) // num, 1)
+    return history[::-1][::every][::-1]
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

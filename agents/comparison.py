@@ -1,0 +1,458 @@
+"""Methods side by side: figures to a reference, their floors, intervals, and what they show."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from redif_env.errors import InvalidArgumentError, check_choice, check_integer, check_number
+from redif_env.rewards.distributional import MMD, energy_kernel, polynomial_kernel
+from redif_env.rewards.pixel import MSE, PSNR, SSIM
+
+from . import metrics
+from .evaluation import Judge
+from .intervals import Draws, holm, holm_levels, resample, verdict
+from .metrics import Statistic
+
+LARGER_IS_BETTER = frozenset(
+    {"psnr", "ssim", "label_agreement", "label_balance"}
+    | {"precision", "recall", "density", "coverage"}
+)
+# Of these more than the floor is no virtue: samples that all look typical have more of both.
+UNRANKED = frozenset({"precision", "density"})
+# Of answers compared with themselves, which need no measuring; 106 dB for a copy is a convention.
+PAIRED_FLOORS = {"paired_mse": 0.0, "feature_distance": 0.0, "ssim": 1.0}
+SMALLEST_SSIM = 6  # pixels; the window's radius is 5
+K = 5  # neighbours, as Naeem et al. 2020
+
+Extractor = Callable[[Tensor], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Yardstick:
+    """What methods are measured against.
+
+    Attributes:
+        answers: Samples of the reference's own distribution, `(N, ...)`: the floor is measured on
+            them. With a teacher, its answers to the tasks.
+        reference: Others of the same distribution, `(M, ...)`, on other noise, so that sharing
+            noise with the answers gives no advantage.
+        condition: Classes of the answers, int64 `(N,)`, or None.
+    """
+
+    answers: Tensor
+    reference: Tensor
+    condition: Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What a method drew.
+
+    Attributes:
+        samples: One tensor `(N, ...)` a training seed.
+        condition: Classes that were asked for, int64 `(N,)`, or None.
+        paired: Whether row i answers the task of row i of the yardstick's answers.
+    """
+
+    samples: Sequence[Tensor]
+    condition: Tensor | None = None
+    paired: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """What samples are seen through.
+
+    Attributes:
+        judge: Features and labels; None leaves out what needs labels, and sees points `(N, F)` as
+            they are, images flattened.
+        inception: Of `inception.load_inception`; None leaves out the standard FID.
+    """
+
+    judge: Judge | None = None
+    inception: Extractor | None = None
+
+    def see(self, samples: Tensor) -> Tensor:
+        """Features `(N, F)` for all but the standard FID."""
+        return samples.flatten(1) if self.judge is None else self.judge(samples)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bench:
+    """The yardstick as seen, and the resamples that methods share.
+
+    Attributes:
+        yardstick, features: As given.
+        seen: Features of the reference, `(M, F)`.
+        inception_seen: Of the inception network, or None.
+        task_counts: Resamples of tasks, `(B, N)`.
+        reference_counts: Of the reference, `(B, M)`.
+        generator: Goes on with resamples that are not shared.
+        wanted: Figures.
+    """
+
+    yardstick: Yardstick
+    features: Features
+    seen: Tensor
+    inception_seen: Tensor | None
+    task_counts: Tensor
+    reference_counts: Tensor
+    generator: torch.Generator
+    wanted: Sequence[str]
+
+
+@torch.no_grad()
+def evaluate(
+    methods: Mapping[str, Method],
+    yardstick: Yardstick,
+    features: Features | None = None,
+    *,
+    focus: Sequence[str] | None = None,
+    figures: Sequence[str] | None = None,
+    num_resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Every figure of every method with its interval, the floor, and comparisons of pairs.
+
+    Figures of distributions (`frechet`, `kid`, `mmd`, `energy_distance`, `sliced_wasserstein`,
+    `precision`, `recall`, `density`, `coverage`, `label_balance`, `fid`, `inception_kid`) are to
+    `yardstick.reference`; `label_agreement` to the classes asked for; `paired_mse`, `psnr`, `ssim`
+    and `feature_distance`, of paired methods, to `yardstick.answers` row by row. docs/evaluation.md
+    says which of them to trust.
+
+    Args:
+        methods: By name. All have as many rows as the yardstick's answers, because the bias of
+            distances depends on the number.
+        yardstick: What to measure against.
+        features: What to see through; default: samples as they are.
+        focus: Methods to compare with all others; default: all with all. The fewer pairs, the less
+            Holm's correction takes away.
+        figures: Which of `FIGURES` to compute; default: all that there are.
+        num_resamples: Resamples of the bootstrap, B.
+        level: Of the intervals.
+        seed: Of the resamples.
+
+    Returns:
+        `floor`: an interval by figure. `methods`: by name and figure an interval and, where there
+        is a floor, its `excess` over it, an interval too, larger than 0 where the method is worse.
+        `comparisons`: of each figure but precision and density, and each pair, the difference in
+        an interval that holds simultaneously for the figure's pairs (Holm), the p-value, Holm's,
+        and the verdict on the first of the two, see `intervals.verdict`. All plain data.
+
+    Raises:
+        InvalidArgumentError: for samples of other shapes or numbers than the answers', or not
+            finite; for fewer rows than neighbours; for a judge of other images.
+    """
+    features = features or Features()
+    num_resamples = check_integer("num_resamples", num_resamples, 100)
+    level = check_number("level", level, 0.5, 0.999)
+    _check(methods, yardstick)
+    for name in focus or ():
+        check_choice("focus", name, tuple(methods))
+    for name in figures or ():
+        check_choice("figures", name, FIGURES)
+    _check_judge(features.judge, yardstick.answers.shape[1:])
+    wanted = FIGURES if figures is None else figures
+    bench = _prepare(yardstick, features, num_resamples, seed, wanted)
+    floor = _draws(Method([yardstick.answers], yardstick.condition, paired=False), bench, True)
+    drawn = {name: _draws(method, bench, method.paired) for name, method in methods.items()}
+    return {
+        "num_samples": len(yardstick.answers),
+        "num_reference": len(yardstick.reference),
+        "level": level,
+        "num_resamples": num_resamples,
+        "floor": {name: dataclasses.asdict(each.interval(level)) for name, each in floor.items()},
+        "methods": {name: _described(own, floor, level) for name, own in drawn.items()},
+        "comparisons": _compare(drawn, floor, level, focus),
+    }
+
+
+@torch.no_grad()
+def measure(samples: Tensor, yardstick: Yardstick, features: Features) -> dict[str, float]:
+    """Every figure of samples that answer the yardstick's tasks, without intervals.
+
+    Args:
+        samples: `(N, ...)`, row i for the task of row i of the answers.
+        yardstick: What to measure against.
+        features: What to see through.
+
+    Returns:
+        Figures by name, see `evaluate`.
+
+    Raises:
+        InvalidArgumentError: as `evaluate`.
+    """
+    _check({"samples": Method([samples])}, yardstick)
+    _check_judge(features.judge, yardstick.answers.shape[1:])
+    bench = _prepare(yardstick, features, 1, 0, FIGURES)
+    found = statistics(_Sight(samples, yardstick.condition, True, bench))
+    sizes = len(samples), len(yardstick.reference), samples.device
+    return {name: float(metrics.estimate(each, *sizes)) for name, each in found.items()}
+
+
+def row_figures(samples: Tensor, answers: Tensor, features: Features) -> dict[str, Tensor]:
+    """Paired figures of each row: `paired_mse`, `psnr`, `ssim`, `feature_distance`, `(N,)` each.
+
+    The last is the mean squared difference of the judge's features; without a judge there is none.
+    """
+    rows = {
+        "paired_mse": -MSE()(samples, answers, None),
+        "psnr": PSNR()(samples, answers, None),
+    }
+    if samples.ndim == 4 and min(samples.shape[2:]) >= SMALLEST_SSIM:
+        rows["ssim"] = SSIM()(samples, answers, None)
+    if features.judge is not None:
+        change = features.see(samples) - features.see(answers)
+        rows["feature_distance"] = change.square().mean(1)
+    return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sight:
+    """Samples of one seed, seen through the bench's features; each view is computed once."""
+
+    samples: Tensor
+    condition: Tensor | None
+    paired: bool
+    bench: _Bench
+
+    @functools.cached_property
+    def seen(self) -> Tensor:
+        return self.bench.features.see(self.samples)
+
+    @functools.cached_property
+    def rows(self) -> dict[str, Tensor]:
+        if not self.paired:
+            return {}
+        return row_figures(self.samples, self.bench.yardstick.answers, self.bench.features)
+
+    @functools.cached_property
+    def neighbourhoods(self) -> dict[str, Statistic]:
+        return metrics.neighbourhoods(self.seen, self.bench.seen, K)
+
+    @functools.cached_property
+    def standard(self) -> tuple[Tensor, Tensor] | None:
+        inception, seen = self.bench.features.inception, self.bench.inception_seen
+        return None if inception is None or seen is None else (inception(self.samples), seen)
+
+    def row(self, name: str) -> Statistic | None:
+        """A mean over rows."""
+        return metrics.mean(self.rows[name]) if name in self.rows else None
+
+    def of_judge(self, statistic: Callable[[Tensor, Tensor], Statistic]) -> Statistic | None:
+        """Only of a judge's features: raw points and pixels are no Gaussian."""
+        judge = self.bench.features.judge
+        return None if judge is None else statistic(self.seen, self.bench.seen)
+
+    def of_standard(self, statistic: Callable[[Tensor, Tensor], Statistic]) -> Statistic | None:
+        return None if self.standard is None else statistic(*self.standard)
+
+    def mmd(self) -> Statistic:
+        target = self.bench.seen
+        kernel = MMD().fit_kernel(target[: metrics.MAX_PAIRWISE].double())
+        return metrics.discrepancy(kernel, self.seen, target)
+
+    def label_balance(self) -> Statistic | None:
+        judge, reference = self.bench.features.judge, self.bench.yardstick.reference
+        if judge is None:
+            return None
+        labels, targets = (judge.logits(each).argmax(1) for each in (self.samples, reference))
+        return metrics.class_balance(labels, targets)
+
+    def label_agreement(self) -> Statistic | None:
+        judge = self.bench.features.judge
+        if judge is None or self.condition is None:
+            return None
+        return metrics.mean((judge.logits(self.samples).argmax(1) == self.condition).double())
+
+
+_kid = functools.partial(metrics.discrepancy, polynomial_kernel)
+_FIGURES: dict[str, Callable[[_Sight], Statistic | None]] = {
+    "paired_mse": lambda sight: sight.row("paired_mse"),
+    "psnr": lambda sight: sight.row("psnr"),
+    "ssim": lambda sight: sight.row("ssim"),
+    "feature_distance": lambda sight: sight.row("feature_distance"),
+    "frechet": lambda sight: sight.of_judge(metrics.frechet_distance),
+    "kid": lambda sight: sight.of_judge(_kid),
+    "mmd": _Sight.mmd,
+    "energy_distance": lambda sight: metrics.discrepancy(
+        energy_kernel, sight.seen, sight.bench.seen
+    ),
+    "sliced_wasserstein": lambda sight: metrics.sliced_wasserstein(sight.seen, sight.bench.seen),
+    "precision": lambda sight: sight.neighbourhoods["precision"],
+    "recall": lambda sight: sight.neighbourhoods["recall"],
+    "density": lambda sight: sight.neighbourhoods["density"],
+    "coverage": lambda sight: sight.neighbourhoods["coverage"],
+    "label_balance": _Sight.label_balance,
+    "label_agreement": _Sight.label_agreement,
+    "fid": lambda sight: sight.of_standard(metrics.frechet_distance),
+    "inception_kid": lambda sight: sight.of_standard(_kid),
+}
+FIGURES = tuple(_FIGURES)
+
+
+def statistics(sight: _Sight) -> dict[str, Statistic]:
+    """The figures that the bench wants and the samples have, by name."""
+    found = {name: _FIGURES[name](sight) for name in sight.bench.wanted}
+    return {name: statistic for name, statistic in found.items() if statistic is not None}
+
+
+def _prepare(
+    yardstick: Yardstick,
+    features: Features,
+    num_resamples: int,
+    seed: int,
+    wanted: Sequence[str],
+) -> _Bench:
+    generator = torch.Generator().manual_seed(check_integer("seed", seed, 0))
+    device = yardstick.answers.device
+    inception = features.inception
+    return _Bench(
+        yardstick,
+        features,
+        features.see(yardstick.reference),
+        None if inception is None else inception(yardstick.reference),
+        resample(num_resamples, len(yardstick.answers), generator).to(device),
+        resample(num_resamples, len(yardstick.reference), generator).to(device),
+        generator,
+        wanted,
+    )
+
+
+def _draws(method: Method, bench: _Bench, shares_tasks: bool) -> dict[str, Draws]:
+    """The bootstrap distribution of each figure of a method."""
+    counts = bench.task_counts
+    if not shares_tasks:
+        counts = resample(len(counts), counts.shape[1], bench.generator).to(counts.device)
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    num, num_reference = counts.shape[1], bench.reference_counts.shape[1]
+    for samples in method.samples:
+        sight = _Sight(samples, method.condition, method.paired, bench)
+        for name, statistic in statistics(sight).items():
+            figure = metrics.estimate(statistic, num, num_reference, counts.device)
+            values = statistic(counts, bench.reference_counts)
+            found.setdefault(name, []).append((figure.cpu(), values.cpu()))
+    return {name: _over_seeds(seeds, bench.generator) for name, seeds in found.items()}
+
+
+def _over_seeds(seeds: Sequence[tuple[Tensor, Tensor]], generator: torch.Generator) -> Draws:
+    figures, values = (torch.stack(parts) for parts in zip(*seeds, strict=True))
+    return Draws.of(figures, values, generator)
+
+
+def _described(
+    own: Mapping[str, Draws], floor: Mapping[str, Draws], level: float
+) -> dict[str, dict[str, Any]]:
+    described = {}
+    for name, draws in own.items():
+        described[name] = dataclasses.asdict(draws.interval(level))
+        base = _floor(name, draws, floor)
+        if base is not None:
+            excess = base - draws if name in LARGER_IS_BETTER else draws - base
+            described[name]["excess"] = dataclasses.asdict(excess.interval(level))
+    return described
+
+
+def _floor(name: str, like: Draws, floor: Mapping[str, Draws]) -> Draws | None:
+    """The floor of a figure; None where there is none, as of a PSNR."""
+    if name in PAIRED_FLOORS:
+        return Draws(PAIRED_FLOORS[name], torch.full_like(like.values, PAIRED_FLOORS[name]))
+    return floor.get(name)
+
+
+def _compare(
+    drawn: Mapping[str, Mapping[str, Draws]],
+    floor: Mapping[str, Draws],
+    level: float,
+    focus: Sequence[str] | None,
+) -> list[dict[str, Any]]:
+    """Each pair of methods by each figure that both have; a figure's pairs are a family."""
+    comparisons = []
+    figures = dict.fromkeys(name for own in drawn.values() for name in own)
+    for figure in (name for name in figures if name not in UNRANKED):
+        having = [name for name, own in drawn.items() if figure in own]
+        pairs = _pairs(having, focus)
+        differences = [drawn[first][figure] - drawn[second][figure] for first, second in pairs]
+        p_values = [difference.p_value() for difference in differences]
+        rows = zip(
+            pairs, differences, p_values, holm(p_values), holm_levels(p_values, level), strict=True
+        )
+        for (first, second), difference, p, p_holm, own_level in rows:
+            rival = drawn[second][figure]
+            base = _floor(figure, rival, floor)
+            interval = difference.interval(own_level)
+            gap = None if base is None else (rival - base).estimate
+            comparisons.append(
+                {
+                    "figure": figure,
+                    "method": first,
+                    "rival": second,
+                    "difference": dataclasses.asdict(interval),
+                    "p": p,
+                    "p_holm": p_holm,
+                    "verdict": verdict(interval, gap, figure in LARGER_IS_BETTER),
+                }
+            )
+    return comparisons
+
+
+def _pairs(names: Sequence[str], focus: Sequence[str] | None) -> list[tuple[str, str]]:
+    """Each pair once, one of `focus` first where there is one."""
+    pairs = list(itertools.combinations(names, 2))
+    if focus is None:
+        return pairs
+    kept = [pair for pair in pairs if set(pair) & set(focus)]
+    return [pair if pair[0] in focus else pair[::-1] for pair in kept]
+
+
+def _check(methods: Mapping[str, Method], yardstick: Yardstick) -> None:
+    if min(len(yardstick.answers), len(yardstick.reference)) <= K:
+        raise InvalidArgumentError(
+            "yardstick", f"{len(yardstick.answers)} answers", f"pass more than {K} of each."
+        )
+    _check_rows("reference", yardstick.reference, yardstick.answers.shape[1:])
+    _check_rows("answers", yardstick.answers, yardstick.answers.shape[1:])
+    for name, method in methods.items():
+        if not method.samples:
+            raise InvalidArgumentError(name, method.samples, "pass samples of one seed at least.")
+        for samples in method.samples:
+            _check_rows(name, samples, yardstick.answers.shape[1:])
+            if len(samples) != len(yardstick.answers):
+                raise InvalidArgumentError(
+                    name,
+                    f"{len(samples)} rows",
+                    f"pass {len(yardstick.answers)}, as many as the floor is measured on.",
+                )
+        if method.condition is not None and len(method.condition) != len(yardstick.answers):
+            raise InvalidArgumentError(
+                name, f"{len(method.condition)} classes", "pass one a sample, or None."
+            )
+
+
+def _check_judge(judge: Judge | None, shape: torch.Size) -> None:
+    if judge is None:
+        return
+    channels, side = judge.config["in_channels"], judge.config["sample_size"]
+    if tuple(shape) != (channels, side, side):
+        raise InvalidArgumentError(
+            "judge",
+            f"one of images of {(channels, side, side)}",
+            f"pass one that was trained for samples of {tuple(shape)}, or None.",
+        )
+
+
+def _check_rows(name: str, samples: Tensor, shape: torch.Size) -> None:
+    if samples.shape[1:] != shape:
+        raise InvalidArgumentError(
+            name, f"samples of {tuple(samples.shape[1:])}", f"pass samples of {tuple(shape)}."
+        )
+    if not bool(samples.isfinite().all()):
+        raise InvalidArgumentError(name, "NaN or infinity", "pass finite samples only.")

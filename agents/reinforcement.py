@@ -1,0 +1,226 @@
+"""PPO as one technique among others: the same arguments, ledger and result as the baselines."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.utils import LinearSchedule
+from torch import Tensor
+
+from redif_env import schedules
+from redif_env.denoiser import Denoiser
+from redif_env.errors import InvalidArgumentError, check_integer, check_number
+from redif_env.loading import describe
+from redif_env.rewards import Reward, make_reward, online_terms
+from redif_env.teacher import Teacher, TeacherBank
+from redif_env.vector_env import FREE, ReDiFVectorEnv
+
+from . import presets
+from .baselines.base import FORWARD_AND_BACKWARD, Ledger, Result
+from .callbacks import IterationCallback
+from .online import UpdateReward
+from .ppo import ReDiFPPO
+
+# What a recipe's changes mean that are no arguments of `ReDiFPPO`.
+ENV_OPTIONS = ("group_size",)
+POLICY_OPTIONS = ("exploration_mean", "learn_std")
+
+
+def make_model(
+    teacher: Teacher,
+    num_envs: int,
+    timesteps: Tensor,
+    learned: bool,
+    bank: TeacherBank | None,
+    env_options: Mapping[str, Any],
+    agent_options: Mapping[str, Any],
+) -> ReDiFPPO:
+    """The agent on a fixed grid, or on one that starts there and is learned."""
+    times: dict[str, Any] = {"schedule": timesteps}
+    if learned:
+        num_steps = len(timesteps) - 1
+        times = {"schedule": FREE, "num_steps": num_steps, "min_steps": num_steps}
+        policy = {**agent_options["policy_kwargs"], "timesteps": timesteps.tolist()}
+        agent_options = {**agent_options, "policy_kwargs": policy}
+    env = ReDiFVectorEnv(num_envs, teacher, bank=bank, **times, **env_options)
+    return ReDiFPPO("StudentPolicy", env, **agent_options)
+
+
+def spent(model: ReDiFPPO, trajectories: int) -> Counter[str]:
+    """What an agent's training asked networks for, in network-forward equivalents by purpose.
+
+    1 a row sent forward, 3 forward and back, 4 with gradient checkpointing, which sends a row
+    forward twice. Of a reward: its own networks, whatever their size. The critic and the network of
+    an adaptive schedule, which are far smaller than any student, do not count.
+
+    Args:
+        model: The agent.
+        trajectories: How many were scored.
+    """
+    policy: Any = model.policy
+    env: Any = model.env
+    reward = env.get_attr("process", [0])[0].reward
+    trained = model.rows_trained * policy.denoiser.nfe
+    factor = 4 if policy.settings["gradient_checkpointing"] else FORWARD_AND_BACKWARD
+    reference = policy.reference_denoiser
+    learning = sum(getattr(term, "network_evaluations", 0) for term in online_terms(reward))
+    return Counter(
+        rollout=policy.denoiser.network_evaluations - trained,
+        update=factor * trained,
+        reference=0 if reference is None else reference.network_evaluations,
+        reward=trajectories * reward.nfe + learning,
+    )
+
+
+def train(
+    teacher: Teacher,
+    bank: TeacherBank,
+    grid: Tensor,
+    *,
+    preset: str = "default",
+    iterations: int | None = None,
+    budget: int | None = None,
+    num_envs: int = 512,
+    start: Denoiser | None = None,
+    learned: bool = False,
+    reward: str | Reward = "mse",
+    seed: int = 0,
+    on_iteration: Callable[[int, Denoiser], None] | None = None,
+    **changes: Any,
+) -> Result:
+    """Train a student by a recipe of PPO; arguments and result as of `baselines.run`.
+
+    Args:
+        teacher: The teacher; not changed.
+        bank: Training tasks, on the teacher's device.
+        grid: The student's times, `(num_steps + 1,)`.
+        preset: Recipe, see `presets.PRESETS`.
+        iterations: Rollouts of `num_envs` trajectories, each followed by an update.
+        budget: In its place, network-forward equivalents to spend: as many iterations as fit, by
+            what the first two of another agent with the same settings cost.
+        num_envs: Trajectories of a rollout.
+        start: What training starts from; not changed. Default: the teacher.
+        learned: Whether to train the times too, from `grid`.
+        reward: Without a map credit is global. Terms that are trained are, after every rollout.
+        seed: Of training.
+        on_iteration: Called with the iterations done and the averaged student.
+        changes: To the recipe: `group_size`, `decay`, `exploration_mean`, `learn_std`, and
+            arguments of `ReDiFPPO`.
+
+    Raises:
+        InvalidArgumentError: for an argument that makes no sense, before anything is computed.
+    """
+    if (iterations is None) == (budget is None):
+        raise InvalidArgumentError(
+            "iterations", iterations, "pass either iterations or budget, and not both."
+        )
+    grid = schedules.explicit(grid, teacher.denoiser.schedule)
+
+    def make() -> ReDiFPPO:
+        own = copy.deepcopy(make_reward(reward))  # one that is trained starts anew
+        env_options, agent_options = recipe_options(preset, changes, own)
+        if start is not None and _differs(start, teacher.denoiser):
+            description = describe(start, teacher.make_solver())
+            agent_options["policy_kwargs"]["student"] = description
+        env_options |= {"reward": own, "seed": seed}
+        agent_options["seed"] = seed
+        model = make_model(teacher, num_envs, grid, learned, bank, env_options, agent_options)
+        model.set_logger(configure(None, []))
+        policy: Any = model.policy
+        policy.load_student((start or teacher.denoiser).network.state_dict())
+        return model
+
+    def learn(model: ReDiFPPO, iterations: int, callbacks: list[BaseCallback]) -> Counter[str]:
+        env: Any = model.env
+        if online_terms(env.get_attr("process", [0])[0].reward):
+            callbacks = [UpdateReward(), *callbacks]
+        model.learn(iterations * num_envs * (len(grid) - 1), callback=callbacks)
+        return spent(model, iterations * num_envs)
+
+    model = make()
+    if budget is not None:
+        budget = check_integer("budget", budget, 1)
+        # The first also measures the gap to the teacher.
+        first, second = (learn(make(), iterations, []).total() for iterations in (1, 2))
+        iterations = 1 + max(budget - first, 0) // (second - first)
+    length = check_integer("iterations", iterations, 1)
+    ledger = Ledger()
+    follower = _Follower(ledger, num_envs, on_iteration)
+    ledger.evaluations = learn(model, length, [follower])
+    ledger.updates["student"] = model.updates
+    policy: Any = model.policy
+    student = model.student()
+    return Result(
+        student=student,
+        timesteps=policy.schedule_head.grid() if learned else grid,
+        ledger=ledger,
+        history=follower.history,
+        sampler=schedules.sample,
+        nfe=(len(grid) - 1) * student.nfe,
+    )
+
+
+def recipe_options(
+    preset: str, changes: Mapping[str, Any], reward: Reward
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of the environment and of the agent, for a recipe with changes, see `train`."""
+    recipe = presets.preset(preset)
+    env, policy, agent = recipe["env"], recipe["policy"], recipe["agent"]
+    changes = {"decay": recipe["decay"], **changes}
+    decays = changes.pop("decay")
+    for name, value in changes.items():
+        place = env if name in ENV_OPTIONS else policy if name in POLICY_OPTIONS else agent
+        place[name] = value
+    if not reward.has_map:
+        agent["credit"] = "global"
+    rate = check_number("learning_rate", agent["learning_rate"])
+    agent["learning_rate"] = LinearSchedule(rate, 0.0 if decays else rate, 1.0)
+    return env, {**agent, "policy_kwargs": policy}
+
+
+class _Follower(IterationCallback):
+    """Keeps the history and the time of a run, without the time of `on_iteration`."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        num_envs: int,
+        on_iteration: Callable[[int, Denoiser], None] | None,
+    ) -> None:
+        super().__init__()
+        self.ledger = ledger
+        self.num_envs = num_envs
+        self.called = on_iteration
+        self.history: list[dict[str, float]] = []
+        self.started = time.monotonic()
+
+    def on_iteration(self) -> None:
+        model: Any = self.model
+        self.ledger.seconds += time.monotonic() - self.started
+        if self.iteration:
+            rewards = [episode["r"] for episode in model.ep_info_buffer]
+            self.history.append(
+                {
+                    "iteration": self.iteration,
+                    "loss": -sum(rewards) / len(rewards),
+                    "network_evaluations": spent(model, self.iteration * self.num_envs).total(),
+                }
+            )
+        if self.called is not None:
+            self.called(self.iteration, model.student())
+        self.started = time.monotonic()
+
+
+def _differs(student: Denoiser, teacher: Denoiser) -> bool:
+    """Whether the two have other architectures, as far as their weights show."""
+    own, other = (
+        {name: weight.shape for name, weight in denoiser.network.state_dict().items()}
+        for denoiser in (student, teacher)
+    )
+    return own != other

@@ -1,0 +1,97 @@
+"""Every few-step technique side by side: `python examples/compare.py --task digits`.
+
+Runs that are done are not redone, so that it may be stopped and started at any time, and several
+processes may share the work (`--workers 2` starts them). Then it prints the tables and draws the
+figures of all that is there; `--report` does only that. `--tune` runs the trials that settings were
+chosen by. docs/benchmark.md has the protocol.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+from pathlib import Path
+
+import torch
+
+from agents.benchmark import ENTRANTS, Runs, Sizes, make_task, plan, plan_trials
+from agents.benchmark.report import report, tuning_table
+from redif_env.errors import check_integer, require
+
+
+@dataclasses.dataclass
+class Args:
+    """Compare few-step techniques."""
+
+    task: str = "digits"
+    """digits, digits-unconditional, digits-quarter, mixture or images."""
+    teacher: Path | None = None
+    """Folder of the teacher, for the task images."""
+    methods: tuple[str, ...] = tuple(ENTRANTS)
+    """Entrants; see agents/benchmark/entrants.py."""
+    num_steps: tuple[int, ...] = (1, 2, 4, 3, 6, 8)
+    """Numbers of steps."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Seeds of training."""
+    budget: int = 300_000
+    """Network-forward equivalents that each training may spend."""
+    num_train: int = 6144
+    """Training tasks."""
+    num_test: int = 2000
+    """Test tasks."""
+    workers: int = 1
+    """Processes, of one thread each."""
+    tune: bool = False
+    """Run the trials instead, on validation tasks and for the first of `num_steps`."""
+    report: bool = False
+    """Only write the tables and figures of the runs that are there."""
+    results: Path = Path("benchmarks/results")
+    """Folder of figures, tables and pictures."""
+    samples: Path = Path("runs/compare")
+    """Folder of the samples that intervals are computed from."""
+
+
+def work(args: Args) -> None:
+    """Do what is missing of the plan, beside other processes."""
+    torch.set_num_threads(1)
+    runs = open_runs(args)
+    runs.execute(planned(args))
+
+
+def open_runs(args: Args) -> Runs:
+    """The task's runs, or its trials."""
+    task = make_task(args.task, Sizes(train=args.num_train, test=args.num_test), args.teacher)
+    name = f"{args.task}-tuning" if args.tune else args.task
+    task = task.judged_on_validation() if args.tune else task
+    return Runs(task, args.results / f"{name}.jsonl", args.samples / name)
+
+
+def planned(args: Args) -> list:
+    """The runs that the arguments ask for."""
+    if args.tune:
+        return plan_trials(args.methods, args.num_steps[0], args.budget)
+    return plan(args.methods, args.num_steps, args.seeds, args.budget)
+
+
+def main(args: Args) -> None:
+    """Run what is missing, then report."""
+    workers = check_integer("workers", args.workers, 1)
+    runs = open_runs(args)
+    if not args.report:
+        context = multiprocessing.get_context("spawn")
+        others = [
+            context.Process(target=work, args=(args,), daemon=True) for _ in range(workers - 1)
+        ]
+        for process in others:
+            process.start()
+        work(args)
+        for process in others:
+            process.join()
+    if args.tune:
+        print(tuning_table(runs.read()))
+    else:
+        print(report(runs, planned(args), args.results))
+
+
+if __name__ == "__main__":
+    main(require("tyro", "examples").cli(Args))

@@ -1,0 +1,237 @@
+"""The side-by-side benchmark: its tasks, every entrant in small, resuming, and the report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from agents.benchmark import ENTRANTS, OURS, Run, Runs, Sizes, make_task, plan, plan_trials
+from agents.benchmark import entrants as entrants_module
+from agents.benchmark.report import report, tuning_table
+from agents.benchmark.tasks import Mixture, unconditional
+from agents.comparison import measure
+from redif_env import load_teacher, schedules
+from redif_env.errors import InvalidArgumentError
+
+SMALL = Sizes(train=64, validation=32, test=48)
+BUDGET = 1500
+TRAINED = [name for name, entrant in ENTRANTS.items() if entrant.train is not None]
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REDIF_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return make_task("mixture", SMALL)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Small rollouts and batches, so that every entrant gets several updates of a small budget."""
+    train = entrants_module.reinforcement.train
+    monkeypatch.setattr(
+        entrants_module.reinforcement,
+        "train",
+        lambda *args, **options: train(*args, **{"num_envs": 8, "batch_size": 8, **options}),
+    )
+    small = {
+        name: {**entrants_module.CHOSEN.get(name, {}), "batch_size": 8}
+        for name in entrants_module.METHODS
+    }
+    monkeypatch.setattr(entrants_module, "CHOSEN", {**entrants_module.CHOSEN, **small})
+
+
+def make_runs(task, folder):
+    return Runs(task, folder / "lines.jsonl", folder / "samples")
+
+
+def test_the_mixtures_denoiser_is_the_posterior_mean(task):
+    """Against the mean of x_0 drawn from the mixture, weighted by how likely they make x_t."""
+    denoiser = task.teacher.denoiser
+    network = denoiser.network
+    generator = torch.Generator().manual_seed(0)
+    means = network.means.repeat_interleave(40_000, 0)
+    x_0 = means + network.variance**0.5 * torch.randn(means.shape, generator=generator)
+    x_t, t = torch.tensor([[0.4, 0.1], [-0.2, 0.6]]), torch.tensor([400.0, 400.0])
+    alpha, sigma = denoiser.schedule.alpha(t)[0], denoiser.schedule.sigma(t)[0]
+    away = (x_t[:, None] - alpha * x_0).square().sum(2)
+    weights = (-away / (2 * sigma**2)).softmax(1)
+    wanted = weights @ x_0
+    # the weighted mean of some 10^4 effective draws
+    assert torch.allclose(denoiser(x_t, t, None), wanted, atol=0.01)
+
+
+def test_the_mixtures_teacher_finds_every_mode_alike(task):
+    modes = torch.cdist(task.test.teacher_x_0, task.teacher.denoiser.network.means)
+    near, which = modes.min(1)
+    assert float(near.max()) < 4 * task.teacher.denoiser.network.variance**0.5
+    assert len(which.unique()) == len(task.teacher.denoiser.network.means)
+
+
+def test_the_correction_starts_at_nothing_and_learns():
+    schedule = load_teacher("digits").denoiser.schedule
+    network = Mixture(schedule)
+    x_t, t = torch.randn(4, 2, generator=torch.Generator().manual_seed(0)), torch.full((4,), 500.0)
+    before = network(x_t, t)
+    before.sum().backward()
+    assert network.correction[-1].weight.grad.abs().max() > 0
+    with torch.no_grad():
+        network.correction[-1].bias += 1
+    assert torch.allclose(network(x_t, t), before + 1)
+
+
+def test_the_unconditional_teacher_is_the_null_class_built_in(teacher, bank):
+    plain = unconditional(teacher)
+    assert plain.denoiser.num_classes is None
+    x_t, t = bank.x_T[:5], torch.tensor([999.0, 700.0, 500.0, 100.0, 3.0])
+    null = torch.full((5,), teacher.denoiser.null_class)
+    wanted = teacher.denoiser(x_t, t, null)
+    assert torch.allclose(plain.denoiser(x_t, t, None), wanted, atol=1e-5)
+    assert not torch.allclose(teacher.denoiser(x_t, t, null - 1), wanted, atol=1e-2)
+    assert teacher.denoiser.num_classes == 10  # the original is left alone
+
+
+def test_only_a_teacher_with_a_null_class_becomes_unconditional(task):
+    with pytest.raises(InvalidArgumentError):
+        unconditional(task.teacher)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_trained_entrant_trains_within_its_budget(task, tmp_path, name):
+    runs = make_runs(task, tmp_path)
+    settings = entrants_module.CHOSEN.get(name, {})
+    runs.execute([Run(name, 2, 0, BUDGET, settings)])
+    (line,) = runs.read()
+    spent = sum(line["ledger"].values()) - line["ledger"].get("search", 0)
+    # Rivals may exceed it by an iteration of theirs; distribution matching's is the dearest.
+    assert BUDGET / 2 < spent <= BUDGET + 400
+    assert line["updates"]["student"] > 1
+    samples = runs.load(Run(name, 2, 0, BUDGET, settings))
+    assert samples.isfinite().all()
+    start = schedules.sample(
+        task.teacher.denoiser,
+        task.test.x_T,
+        None,
+        schedules.explicit(line["timesteps"], task.teacher.denoiser.schedule),
+    )
+    assert not torch.equal(samples, start)
+    assert line["paired_mse"] == pytest.approx(
+        float((samples - task.test.teacher_x_0).square().mean()), abs=1e-6
+    )
+
+
+def test_solvers_run_once_and_pay_for_their_search(task, tmp_path):
+    runs = make_runs(task, tmp_path)
+    names = ["ddim", "ddim+search"]
+    planned = plan(names, [2], [0, 1], BUDGET)
+    assert [(run.method, run.seed, run.budget) for run in planned] == [(n, 0, 0) for n in names]
+    runs.execute(planned)
+    plain, searched = runs.read()
+    assert plain["ledger"] == {}
+    assert searched["ledger"]["search"] > 0
+    assert searched["nfe"] == plain["nfe"] == 2
+    # On validation tasks, where it was searched, it is better by construction; here by much.
+    assert searched["paired_mse"] < plain["paired_mse"]
+
+
+def test_a_plan_ends_a_seed_before_the_next(task):
+    planned = plan(["ddim", "backprop", OURS], [1, 2], [3, 4], BUDGET)
+    assert [run.seed for run in planned if run.method != "ddim"] == [3] * 4 + [4] * 4
+    with pytest.raises(InvalidArgumentError):
+        plan(["telepathy"], [1], [0], BUDGET)
+
+
+def test_finished_runs_are_not_redone_and_lost_ones_are(task, tmp_path):
+    runs = make_runs(task, tmp_path)
+    planned = plan(["ddim", "dpmpp2m"], [2], [0], BUDGET)
+    runs.execute(planned)
+    before = runs.read()
+    written = [(tmp_path / "samples" / f"{run.label}.safetensors").stat() for run in planned]
+    runs.execute(planned)
+    again = [(tmp_path / "samples" / f"{run.label}.safetensors").stat() for run in planned]
+    assert [each.st_mtime_ns for each in written] == [each.st_mtime_ns for each in again]
+    (tmp_path / "samples" / f"{planned[0].label}.safetensors").unlink()
+    assert runs.find(planned[0]) is None
+    runs.execute(planned)
+    assert sorted(map(str, runs.read())) == sorted(map(str, before))
+    other = dataclasses.replace(planned[0], settings={"learning_rate": 1.0})
+    assert runs.find(other) is None
+
+
+def test_a_run_that_another_process_is_at_is_left_to_it(task, tmp_path):
+    from filelock import FileLock
+
+    runs = make_runs(task, tmp_path)
+    (run,) = plan(["ddim"], [2], [0], BUDGET)
+    (tmp_path / "samples").mkdir()
+    with FileLock(tmp_path / "samples" / f"{run.label}.lock"):
+        runs.execute([run])
+    assert runs.read() == []
+
+
+def test_trials_are_as_many_for_every_method():
+    numbers = {len(trials) for trials in entrants_module.TRIALS.values()}
+    assert numbers == {4}
+    assert set(entrants_module.TRIALS) == {*entrants_module.METHODS, OURS}
+    for name, settings in entrants_module.CHOSEN.items():
+        if name in entrants_module.TRIALS:
+            assert settings in entrants_module.TRIALS[name]
+    assert len(plan_trials([OURS, "ddim"], 2, BUDGET)) == 4
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_report_says_who_is_better(task, tmp_path):
+    """Ours, barely trained, against back-propagation and against the teacher's own answers."""
+    runs = make_runs(task, tmp_path / "runs")
+    planned = plan(["ddim", "dpmpp2m+search", "backprop", OURS], [1, 2], [0, 1], BUDGET)
+    assert report(runs, planned, tmp_path) == "No run is finished."
+    runs.execute(planned)
+    text = report(runs, planned, tmp_path)
+    assert (tmp_path / "mixture.md").read_text() == text
+    written = json.loads((tmp_path / "mixture.json").read_text())
+    two = written["steps"]["2"]
+    for name in ("ddim", "backprop", OURS):
+        assert f"| {name} |" in text
+    assert two["methods"][OURS]["runs"]["seeds"] == 2
+    assert two["methods"]["ddim"]["runs"]["cost"] == 0
+    own = [line for line in runs.read() if line["method"] == OURS and line["num_steps"] == 2]
+    mean = sum(line["paired_mse"] for line in own) / 2
+    assert two["methods"][OURS]["paired_mse"]["estimate"] == pytest.approx(mean, abs=1e-5)
+    words = {
+        (row["figure"], row["rival"]): row["verdict"]
+        for row in two["comparisons"]
+        if row["method"] == OURS
+    }
+    assert {rival for _, rival in words} == {"ddim", "dpmpp2m+search", "backprop"}
+    assert "better" in text or "worse" in text or "not shown" in text
+    for name in ("mixture-nfe.png", "mixture-cost.png"):
+        assert (tmp_path / name).stat().st_size > 1000
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_measure_is_zero_for_the_answers_themselves(task):
+    figures = measure(task.test.teacher_x_0, task.yardstick, task.features)
+    assert figures["paired_mse"] == 0
+    worse = measure(task.test.teacher_x_0 + 0.3, task.yardstick, task.features)
+    assert worse["sliced_wasserstein"] > 2 * figures["sliced_wasserstein"]
+    assert worse["coverage"] < figures["coverage"]
+
+
+def test_the_images_task_needs_a_teacher_and_no_other_takes_one():
+    for name, folder in (("images", None), ("digits", "somewhere")):
+        with pytest.raises(InvalidArgumentError) as caught:
+            make_task(name, SMALL, folder)
+        assert caught.value.argument == "teacher"
+
+
+def test_trials_are_listed_best_first(task):
+    rows = [
+        {"method": "backprop", "settings": {"learning_rate": rate}, "paired_mse": error}
+        for rate, error in ((0.1, 0.5), (0.2, 0.25))
+    ]
+    lines = tuning_table(rows).splitlines()
+    assert lines[2].startswith("| backprop | learning_rate 0.2")

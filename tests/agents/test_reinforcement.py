@@ -1,0 +1,96 @@
+"""PPO behind the baselines' interface: its ledger against counted calls, budgets and starts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from agents import reinforcement
+from agents.baselines import OutputRegression
+from redif_env import schedules
+from redif_env.errors import InvalidArgumentError
+from redif_env.rewards import Discriminator
+
+GRID = torch.tensor([850.0, 300.0, 0.0])
+FEW = {"num_envs": 16, "batch_size": 16}
+
+
+@pytest.fixture
+def calls(monkeypatch, teacher):
+    """Network-forward equivalents that all copies of the student's network are asked for."""
+    seen = {"total": 0}
+    kind = type(teacher.denoiser.network)
+    forward = kind.forward
+
+    def counted(self: nn.Module, sample: torch.Tensor, *args, **kwargs):
+        trains = torch.is_grad_enabled() and next(self.parameters()).requires_grad
+        seen["total"] += len(sample) * (3 if trains else 1)
+        return forward(self, sample, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "forward", counted)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("preset", "rollout", "reference"),
+    # The default measures its gap to the teacher before it first explores, and asks once about the
+    # states of a pair: of eight pairs in the first step, of four in the second.
+    [("default", 2 * 16 + 2 * (8 + 4 + 8), 0), ("grpo", 2 * 2 * 16, 2 * 2 * 16)],
+)
+def test_the_ledger_is_what_networks_were_asked(teacher, bank, calls, preset, rollout, reference):
+    """Of both iterations; with a KL penalty each trained transition is asked of the start, too."""
+    result = reinforcement.train(teacher, bank, GRID, preset=preset, iterations=2, **FEW)
+    assert result.ledger.total == calls["total"]
+    assert result.ledger.evaluations["rollout"] == rollout
+    assert result.ledger.evaluations["reference"] == reference
+    assert result.history[-1]["network_evaluations"] == result.ledger.total
+    assert [record["iteration"] for record in result.history] == [1, 2]
+    assert result.nfe == 2
+    assert result.ledger.updates["student"] > 0
+
+
+def test_a_budget_buys_as_many_iterations_as_fit(teacher, bank):
+    four = reinforcement.train(teacher, bank, GRID, iterations=4, **FEW)
+    cost = four.ledger.total
+    for budget, iterations in ((cost, 4), (cost - 1, 3), (cost + 1, 4), (1, 1)):
+        result = reinforcement.train(teacher, bank, GRID, budget=budget, **FEW)
+        assert len(result.history) == iterations
+        assert result.ledger.total <= max(budget, four.history[0]["network_evaluations"])
+
+
+def test_training_starts_where_it_is_told_to(teacher, bank, held_out):
+    start = OutputRegression.train(teacher, bank, GRID, iterations=3, batch_size=16).student
+    wanted = schedules.paired_mse(start, held_out, GRID)
+    assert wanted != schedules.paired_mse(teacher.denoiser, held_out, GRID)
+    seen = []
+
+    def follow(iteration, student):
+        seen.append(schedules.paired_mse(student, held_out, GRID))
+
+    options = {"iterations": 2, "on_iteration": follow, **FEW}
+    reinforcement.train(teacher, bank, GRID, start=start, **options)
+    assert seen[0] == wanted
+    assert seen[1] != wanted
+    # Not changed, and a plain run starts elsewhere.
+    assert schedules.paired_mse(start, held_out, GRID) == wanted
+    reinforcement.train(teacher, bank, GRID, **options)
+    assert seen[3] != wanted
+
+
+def test_a_reward_that_learns_starts_anew_and_is_on_the_ledger(teacher, bank):
+    reward = Discriminator(teacher.denoiser.latent_shape, n_epochs=1, batch_size=16)
+    options = {"reward": reward, "iterations": 2, **FEW}
+    first = reinforcement.train(teacher, bank, GRID, **options)
+    # Each rollout: 16 samples scored; one update of 16 samples and 16 answers, forward and back.
+    assert first.ledger.evaluations["reward"] == 2 * (16 + 3 * 2 * 16)
+    assert reward.updates == 0
+    again = reinforcement.train(teacher, bank, GRID, **options)
+    assert first.history == again.history
+
+
+@pytest.mark.parametrize("options", [{}, {"iterations": 1, "budget": 100}])
+def test_the_length_must_be_said_once(teacher, bank, options):
+    with pytest.raises(InvalidArgumentError) as caught:
+        reinforcement.train(teacher, bank, GRID, **options)
+    assert caught.value.argument == "iterations"

@@ -1,0 +1,54 @@
+"""The command of the side-by-side benchmark, on few tasks of the mixture."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from examples import compare
+from redif_env.errors import InvalidArgumentError
+
+
+@pytest.fixture
+def args(tmp_path):
+    return compare.Args(
+        task="mixture",
+        methods=("ddim", "output_regression"),
+        num_steps=(1,),
+        seeds=(0, 1),
+        budget=3000,
+        num_train=64,
+        num_test=64,
+        results=tmp_path / "results",
+        samples=tmp_path / "samples",
+    )
+
+
+def test_a_comparison_runs_and_reports_and_is_not_redone(args, capsys):
+    compare.main(args)
+    printed = capsys.readouterr().out
+    assert "| output_regression |" in printed
+    lines = (args.results / "mixture.jsonl").read_text()
+    assert [json.loads(line)["seed"] for line in lines.splitlines()] == [0, 0, 1]
+    compare.main(args)
+    assert (args.results / "mixture.jsonl").read_text() == lines
+    args.report = True
+    compare.main(args)
+    again = capsys.readouterr().out
+    assert (args.results / "mixture.md").read_text() in again
+
+
+def test_trials_are_kept_apart_from_results(args, capsys):
+    args.tune, args.methods, args.budget = True, ("output_regression",), 800
+    compare.main(args)
+    assert len((args.results / "mixture-tuning.jsonl").read_text().splitlines()) == 4
+    assert not (args.results / "mixture.jsonl").exists()
+    assert capsys.readouterr().out.count("| output_regression | learning_rate") == 4
+
+
+def test_an_unknown_method_is_refused_before_anything_is_written(args):
+    args.methods = ("telepathy",)
+    with pytest.raises(InvalidArgumentError):
+        compare.main(args)
+    assert not args.results.exists()

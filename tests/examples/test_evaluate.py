@@ -1,0 +1,155 @@
+"""`examples/evaluate.py` on tiny folders and files."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from matplotlib.image import imsave
+from safetensors.torch import save_file
+
+from agents.choices import make_head
+from agents.export import export_adaptive, export_student
+from agents.sampling import sample
+from examples import evaluate
+from examples.evaluate import Args, parse_methods, read_samples
+from redif_env import TeacherBank, schedules
+from redif_env.errors import InvalidArgumentError, TeacherFolderError
+from redif_env.loading import BUNDLED, load_teacher
+
+NUM = 24
+TINY = {"num_samples": NUM, "teacher_steps": 3, "num_resamples": 100}
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    """The tasks that tiny evaluations use, and their teacher."""
+    teacher = load_teacher("digits", num_steps=3)
+    return teacher, TeacherBank.build(teacher, NUM, split="test", seed=0)
+
+
+def test_folders_and_files_side_by_side(tmp_path, tasks, capsys):
+    teacher, bank = tasks
+    grid = torch.tensor([850.0, 300.0, 0.0])
+    student = tmp_path / "student"
+    export_student(teacher.denoiser, grid, teacher.make_solver().config, student)
+    samples = schedules.sample(teacher.denoiser, bank.x_T, bank.condition, grid)
+    own = {"samples": samples, "x_T": bank.x_T, "condition": bank.condition}
+    save_file(own, tmp_path / "own.safetensors")
+    np.save(tmp_path / "noise.npy", bank.x_T.numpy())
+    methods = (
+        f"student={student}",
+        f"file={tmp_path / 'own.safetensors'}",
+        f"folder={BUNDLED['digits']}",
+        f"noise={tmp_path / 'noise.npy'}",
+    )
+    out = tmp_path / "new" / "report.json"
+    report = evaluate.main(Args(methods, num_steps=3, out=out, **TINY))
+    assert json.loads(out.read_text()) == json.loads(json.dumps(report))
+    found = report["methods"]
+    # the same samples, whether drawn here or read
+    expected = float((samples - bank.teacher_x_0).square().mean())
+    for name in ("student", "file"):
+        assert found[name]["paired_mse"]["estimate"] == pytest.approx(expected, rel=1e-4)
+        assert found[name]["frechet"]["estimate"] == pytest.approx(
+            found["student"]["frechet"]["estimate"], rel=1e-4
+        )
+    # the teacher's folder with the teacher's steps is the teacher
+    assert found["folder"]["paired_mse"]["estimate"] == 0
+    # a file that does not say from which noise is not paired, and has no classes
+    assert not {"paired_mse", "label_agreement"} & set(found["noise"])
+    assert found["noise"]["energy_distance"]["excess"]["low"] > 0
+    printed = capsys.readouterr().out
+    assert "energy_distance\n  floor" in printed
+    assert "student is better against noise" in printed
+
+
+def test_seeds_of_a_method_and_real_data(tmp_path, tasks):
+    _, bank = tasks
+    pictures = tmp_path / "real"
+    pictures.mkdir()
+    for row, image in enumerate(bank.teacher_x_0.clamp(-1, 1)):
+        imsave(pictures / f"{row:03}.png", image[0].numpy(), cmap="gray", vmin=-1, vmax=1)
+    grey = read_samples(pictures).samples
+    assert grey.shape == (NUM, 3, 8, 8)
+    # the picture's colours are rounded down, and then to bytes
+    torch.testing.assert_close(grey[:, :1], bank.teacher_x_0.clamp(-1, 1), rtol=0, atol=2 / 127.5)
+    np.save(tmp_path / "real.npy", grey[:, :1].numpy())
+    save_file({"x_0": bank.x_T}, tmp_path / "seed.safetensors")
+    twice = ",".join([str(tmp_path / "seed.safetensors")] * 2)
+    args = Args((f"noise={twice}",), teacher="digits", reference=tmp_path / "real.npy", **TINY)
+    report = evaluate.main(args)
+    assert report["num_samples"] == report["num_reference"] == NUM // 2
+    assert "paired_mse" not in report["methods"]["noise"]
+    assert report["methods"]["noise"]["energy_distance"]["excess"]["low"] > 0
+
+
+def test_points_against_points(tmp_path):
+    """No teacher, no judge, two columns."""
+    points = torch.randn(3, 60, 2, generator=torch.Generator().manual_seed(0))
+    np.save(tmp_path / "real.npy", points[:2].flatten(0, 1).numpy())
+    np.save(tmp_path / "off.npy", points[2].numpy() + 1)
+    options = {"reference": tmp_path / "real.npy", "num_resamples": 100}
+    report = evaluate.main(Args((str(tmp_path / "off.npy"),), **options))
+    (found,) = report["methods"].values()
+    assert found["sliced_wasserstein"]["excess"]["low"] > 0
+    assert not {"frechet", "paired_mse", "label_balance"} & set(found)
+    with pytest.raises(InvalidArgumentError, match="whose noise digits answers"):
+        evaluate.main(Args(("digits",), **options))
+
+
+def test_bytes_are_images(tmp_path):
+    images = torch.tensor([[0, 255], [51, 204]], dtype=torch.uint8)
+    np.save(tmp_path / "grey.npy", images[None].numpy())
+    grey = read_samples(tmp_path / "grey.npy").samples
+    assert grey.flatten().tolist() == pytest.approx([-1, 1, -0.6, 0.6])
+    coloured = images[None, :, :, None].expand(-1, -1, -1, 4)
+    np.save(tmp_path / "colour.npy", coloured.numpy())
+    assert read_samples(tmp_path / "colour.npy").samples.shape == (1, 3, 2, 2)
+
+
+def test_names_of_methods():
+    assert parse_methods(["a/b", "c=d,e"]) == {"a/b": ["a/b"], "c": ["d", "e"]}
+    for wrong in (["a", "a"], ["a=b", "a=c"], ["a="], []):
+        with pytest.raises(InvalidArgumentError, match="methods"):
+            parse_methods(wrong)
+
+
+def test_what_is_no_samples_is_a_typed_error(tmp_path, tasks):
+    np.save(tmp_path / "integers.npy", np.arange(6).reshape(2, 3))
+    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    (tmp_path / "broken.safetensors").write_bytes(b"no")
+    save_file({}, tmp_path / "empty.safetensors")
+    for name in (
+        "integers.npy",
+        "objects.npy",
+        "broken.safetensors",
+        "empty.safetensors",
+        "no.npy",
+    ):
+        with pytest.raises(InvalidArgumentError, match="pass"):
+            read_samples(tmp_path / name)
+    with pytest.raises(TeacherFolderError):
+        evaluate.main(Args((str(tmp_path / "nowhere"),), **TINY))
+    with pytest.raises(InvalidArgumentError, match="out="):
+        evaluate.main(Args(("a",), out=tmp_path, **TINY))
+
+
+def test_adaptive_students_choose_their_times(tmp_path, tasks):
+    teacher, bank = tasks
+    student = teacher.denoiser
+    grid = torch.tensor([850.0, 533.0, 120.0, 0.0])
+    shapes = {
+        "latents": spaces.Box(-9, 9, (1, 8, 8)),
+        "condition": spaces.Discrete(10),
+    }
+    head = make_head(spaces.Dict(shapes), student.schedule, grid, adaptive=True)
+    folder = tmp_path / "student"
+    export_adaptive(student, head, teacher.make_solver().config, folder)
+    answer = evaluate.sampler(folder, 4, teacher)
+    expected, _ = sample(student, head, bank.x_T, bank.condition)
+    # the exported copy steps with double-precision scales
+    torch.testing.assert_close(answer(bank.x_T, bank.condition), expected, rtol=0, atol=1e-3)
