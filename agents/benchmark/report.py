@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 from ..comparison import Method, evaluate
 from ..distillation import write_json
 from ..pictures import save_samples
-from .entrants import ENTRANTS, OURS
+from .entrants import ENTRANTS, GROUPS_OF_8, OURS
 from .runs import Run, Runs
 
-# Of ours, those that the others are compared with, in this order; named before the runs.
-HEADLINE = (OURS, f"output_regression+{OURS}")
+# Of ours, those that the others are compared with, in this order.
+HEADLINE = (OURS, f"output_regression+{OURS}", GROUPS_OF_8)
 WITH_JUDGE = ("paired_mse", "frechet", "coverage", "label_agreement", "label_balance")
 WITHOUT_JUDGE = ("paired_mse", "sliced_wasserstein", "coverage")
 RANKED = ("paired_mse", "frechet", "sliced_wasserstein")  # for verdicts
