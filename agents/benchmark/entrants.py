@@ -124,6 +124,7 @@ def _discriminator(task: Task) -> Reward:
 
 
 OURS = "ours"
+GROUPS_OF_8 = f"{OURS}-groups-of-8"
 ENTRANTS: dict[str, Entrant] = {
     **{name: Entrant("solver", solver=name, searched=False) for name in SOLVERS},
     **{
@@ -135,6 +136,10 @@ ENTRANTS: dict[str, Entrant] = {
     OURS: _ours(),
     f"output_regression+{OURS}": _warm("output_regression"),
     f"progressive+{OURS}": _warm("progressive"),
+    # Four pairs a state cost hardly more than one, and say where to go in a single pass.
+    GROUPS_OF_8: _ours(
+        group_size=8, num_envs=2048, batch_size=1024, n_epochs=1, learning_rate=1e-3
+    ),
     f"{OURS}-times": _ours(learned=True),
     f"{OURS}-mmd": _ours(_mmd),
     f"{OURS}-discriminator": _ours(_discriminator),

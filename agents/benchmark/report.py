@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 from ..comparison import Method, evaluate
 from ..distillation import write_json
 from ..pictures import save_samples
-from .entrants import ENTRANTS, OURS
+from .entrants import ENTRANTS, GROUPS_OF_8, OURS
 from .runs import Run, Runs
 
-# Of ours, those that the others are compared with, in this order; named before the runs.
-HEADLINE = (OURS, f"output_regression+{OURS}")
+# Of ours, those that the others are compared with, in this order.
+HEADLINE = (OURS, f"output_regression+{OURS}", GROUPS_OF_8)
 WITH_JUDGE = ("paired_mse", "frechet", "coverage", "label_agreement", "label_balance")
 WITHOUT_JUDGE = ("paired_mse", "sliced_wasserstein", "coverage")
 RANKED = ("paired_mse", "frechet", "sliced_wasserstein")  # for verdicts
@@ -155,11 +155,19 @@ def tuning_table(lines: Sequence[dict[str, Any]]) -> str:
 
 def _opening(runs: Runs, compared: Mapping[int, Any]) -> str:
     first = next(iter(compared.values()))
+    trained = [
+        own["runs"]["seeds"]
+        for found in compared.values()
+        for name, own in found["methods"].items()
+        if ENTRANTS[name].train is not None
+    ]
+    warning = " **Trained with one seed: intervals say nothing of another training.**"
     return (
         f"# {runs.task.name}\n\n"
         f"Means over seeds with {first['level']:.0%} intervals; {first['num_samples']} test tasks. "
         "Cost: thousands of network-forward equivalents of training and of searching the grid, "
-        "without the teacher's answers, which all share. Seconds: of training, one thread."
+        "without the teacher's answers, which all share. Seconds: wall clock, one thread."
+        + (warning if 1 in trained else "")
     )
 
 
@@ -209,7 +217,7 @@ def _draw_quality(compared: Mapping[int, Any], path: Path) -> None:
         right.plot(nfe, [max(_distance(each), 1e-3) for each in own], **style)
     left.set(yscale="log", xlabel="network evaluations a sample", ylabel="paired MSE")
     right.set(yscale="log", xlabel="network evaluations a sample")
-    right.set_ylabel("distance to the teacher, over the floor")
+    right.set_ylabel("distance to the teacher, over the floor (at least 0.001)")
     worst = [f["methods"]["ddim"] for f in compared.values() if "ddim" in f["methods"]]
     if worst:  # some solvers diverge on uniform grids
         left.set_ylim(top=3 * max(each["paired_mse"]["estimate"] for each in worst))

@@ -209,10 +209,11 @@ def test_the_ledger_counts_every_forward_once(run):
     ledger = run[0].report["ledger"]
     # training and validation tasks, 5 steps each
     assert ledger["teacher"] == (64 + NUM_VALIDATION) * 5
-    # 2 iterations of 16 rows and 2 steps, and as much as one to measure the first gap
-    assert ledger["rollout"] == 3 * 16 * 2
-    # 3 epochs of one step of each trajectory; backward counts twice
-    assert ledger["update"] == 3 * 3 * 2 * 16
+    # 2 iterations of 4 groups of 4: states of the first and the second step, see test_sharing;
+    # and 16 rows of 2 steps to measure the first gap
+    assert ledger["rollout"] == 2 * (4 + (2 + 2 * 4)) + 16 * 2
+    # 3 epochs of one state of each group; backward counts twice
+    assert ledger["update"] == 3 * 3 * 2 * 4
     assert ledger["search"] % (2 * NUM_VALIDATION) == 0  # whole grids of 2 steps
     assert ledger["reward"] == 0
     assert run[0].report["network_evaluations"] == sum(ledger.values())

@@ -261,6 +261,7 @@ class CreditsTheOtherStep(ReDiFPPO):
     """Negative control: trains on the step that did not explore."""
 
     def _exploring_rows(self, buffer: Any) -> Tensor:
+        buffer.shares_states = False  # after the step that explored there is nothing to share
         rows = super()._exploring_rows(buffer)
         if buffer.pos % buffer.episode_length == 0:
             buffer.add_explored_step(1 - self._explored_step)
@@ -271,6 +272,7 @@ class ExploresTheLastStep(ReDiFPPO):
     """Negative control: the first of two steps never explores."""
 
     def _exploring_rows(self, buffer: Any) -> Tensor:
+        buffer.shares_states = False
         step = buffer.pos % buffer.episode_length
         self._explored_step = torch.ones(self.n_envs, dtype=torch.int64)
         if step == 0:
