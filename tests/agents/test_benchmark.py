@@ -35,7 +35,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(
         entrants_module.reinforcement,
         "train",
-        lambda *args, **options: train(*args, **{"num_envs": 8, "batch_size": 8, **options}),
+        lambda *args, **options: train(*args, **{**options, "num_envs": 16, "batch_size": 8}),
     )
     small = {
         name: {**entrants_module.CHOSEN.get(name, {}), "batch_size": 8}
