@@ -41,6 +41,7 @@ PACKAGES = ("redif", "torch", "diffusers", "gymnasium", "stable_baselines3", "nu
 SEARCH = "search"
 LEARNED = "learned"
 PPO = "ppo"
+WITH_REWARD = ("backprop", "surrogate")  # other methods have an aim of their own
 # Arguments of `distill` that mean something to PPO alone.
 PPO_ARGUMENTS = (
     "preset",
@@ -283,7 +284,7 @@ def distill(
             ema_decay=used["ema_decay"],
             guidance_scale=guidance_scale,
             seed=seed,
-            **({"reward": reward} if method == "backprop" else {}),
+            **({"reward": reward} if method in WITH_REWARD else {}),
         )
         distilled = result.student
         spent.update(result.ledger.evaluations)

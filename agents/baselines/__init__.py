@@ -20,6 +20,7 @@ from .distribution_matching import DistributionMatching
 from .output_regression import OutputRegression
 from .progressive import Progressive
 from .solvers import SOLVERS, search, solve
+from .surrogate import Surrogate
 from .trajectory_regression import TrajectoryRegression
 
 _KINDS: tuple[type[Method], ...] = (
@@ -29,6 +30,7 @@ _KINDS: tuple[type[Method], ...] = (
     Consistency,
     DistributionMatching,
     Backprop,
+    Surrogate,
 )
 METHODS = {kind.name: kind for kind in _KINDS}
 ENTRANTS = (*SOLVERS, *METHODS)
@@ -45,6 +47,7 @@ __all__ = [
     "OutputRegression",
     "Progressive",
     "Result",
+    "Surrogate",
     "TrajectoryRegression",
     "run",
     "search",

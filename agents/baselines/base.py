@@ -65,7 +65,7 @@ class Result:
         ledger: What training cost; empty for a solver.
         history: One `{"iteration", "loss", "network_evaluations"}` an iteration.
         sampler: How the student is sampled along its grid.
-        nfe: Network evaluations a sample.
+        nfe: Network evaluations a sample; their mean where samples differ.
     """
 
     student: Denoiser
@@ -73,7 +73,7 @@ class Result:
     ledger: Ledger
     history: list[dict[str, float]]
     sampler: schedules.Sampler
-    nfe: int
+    nfe: float
 
     @torch.no_grad()
     def sample(self, x_T: Tensor, condition: Tensor | None = None) -> Tensor:

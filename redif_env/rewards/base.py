@@ -138,7 +138,7 @@ class Reward(ABC):
             InvalidRewardError: if a term is not finite on these samples.
         """
         grid = schedules.explicit(timesteps, denoiser.schedule)
-        terms = _terms(self)
+        terms = weighted_terms(self)
         scores = []
         parts = -(-len(bank) // batch_size)  # of like size: a distribution needs more than a rest
         for rows in torch.arange(len(bank), device=bank.x_T.device).tensor_split(parts):
@@ -153,11 +153,11 @@ class Reward(ABC):
     def __add__(self, other: Reward) -> Reward:
         if not isinstance(other, Reward):
             raise InvalidArgumentError("reward", other, "add rewards to rewards only.")
-        return WeightedSum([*_terms(self), *_terms(other)])
+        return WeightedSum([*weighted_terms(self), *weighted_terms(other)])
 
     def __mul__(self, weight: float) -> Reward:
         weight = check_number("weight", weight, minimum=float("-1e30"))
-        return WeightedSum([(weight * inner, term) for inner, term in _terms(self)])
+        return WeightedSum([(weight * inner, term) for inner, term in weighted_terms(self)])
 
     __rmul__ = __mul__
 
@@ -227,7 +227,8 @@ class WeightedSum(Reward):
         return Score(total, total_map if self.has_map else None, terms)
 
 
-def _terms(reward: Reward) -> list[tuple[float, Reward]]:
+def weighted_terms(reward: Reward) -> list[tuple[float, Reward]]:
+    """Weights and terms of a sum; a reward that is no sum is its own only term."""
     return reward.terms if isinstance(reward, WeightedSum) else [(1.0, reward)]
 
 

@@ -16,12 +16,26 @@ from agents.baselines.base import refinements, snr_weight
 from redif_env import Denoiser, Teacher, TeacherBank, schedules, transition
 from redif_env.errors import InvalidArgumentError
 from redif_env.loading import noise_schedule
+from redif_env.rewards import MSE, Reward
 
 SCHEDULE = noise_schedule(MAKE_SOLVER())
 GRID = torch.tensor([999.0, 500.0, 0.0])
 TRAINING = {"iterations": 60, "batch_size": 64, "learning_rate": 0.02, "ema_decay": 0.9}
-# Distribution matching does not pair noise and samples, and has its own tests.
-PAIRED = sorted(set(METHODS) - {"distribution_matching"})
+# The others have aims of their own, and tests of their own.
+PAIRED = sorted(set(METHODS) - {"distribution_matching", "surrogate"})
+
+
+class Brightness(Reward):
+    """How close the sample's mean is to `target`, without a gradient."""
+
+    target = 1.0
+
+    def __call__(self, x_0, teacher_x_0, condition):
+        return -(x_0.detach().flatten(1).mean(1) - self.target).square()
+
+
+# What a method cannot do without.
+NEEDED = {"surrogate": {"reward": MSE() + Brightness()}}
 
 
 class Corrected(nn.Module):
@@ -60,7 +74,8 @@ def world():
 
 def train(world, name, grid=GRID, **options):
     teacher, bank, held_out = world
-    result = baselines.run(name, teacher, bank, grid, **{**TRAINING, **options})
+    needed = NEEDED.get(name, {})
+    result = baselines.run(name, teacher, bank, grid, **{**TRAINING, **needed, **options})
     return schedules.paired_mse(result.student, held_out, result.timesteps), result
 
 
@@ -160,12 +175,35 @@ def test_a_discriminator_helps_itself(world):
     assert "discriminator" not in plain.ledger.evaluations
 
 
+def brightness(world, **options):
+    """The mean of samples after training on both terms equally, of which each alone is 0 and 1.
+
+    The best compromise of `MSE() + Brightness()` on samples of mean 0 is 0.5.
+    """
+    _, result = train(world, "surrogate", **{"iterations": 60, "surrogate_updates": 4, **options})
+    answers = world[2].teacher_x_0.mean()
+    return float((result.sample(world[2].x_T).mean() - answers) / (1 - answers))
+
+
+def test_a_surrogate_raises_what_has_no_gradient(world):
+    assert 0.15 < brightness(world) < 0.6  # seeds 0 to 2: 0.26 to 0.28 after 60 updates
+
+
+def test_a_surrogate_that_does_not_learn_raises_nothing(world):
+    """Negative control; nor is there anything to learn where gradients are to be had."""
+    assert abs(brightness(world, surrogate_learning_rate=0.0)) < 0.05
+    with pytest.raises(InvalidArgumentError, match="use 'backprop'"):
+        brightness(world, reward="mse")
+
+
 @pytest.mark.parametrize("name", list(METHODS))
 def test_the_ledger_is_what_the_networks_were_asked(world, name):
     Corrected.rows.clear()
-    options = {**TRAINING, "iterations": 12, "batch_size": 8}
-    result = baselines.run(name, *world[:2], GRID, **options)
-    assert result.ledger.total == Corrected.rows["total"] > 0
+    options = {"iterations": 12, "batch_size": 8, **NEEDED.get(name, {})}
+    result = baselines.run(name, *world[:2], GRID, **{**TRAINING, **options})
+    # The model of a reward is a network of its own, asked twice with its gradient.
+    modelled = 12 * 8 * 2 * 3 if name == "surrogate" else 0
+    assert result.ledger.total - modelled == Corrected.rows["total"] > 0
     assert result.ledger.updates["student"] == 12
     assert result.history[-1]["network_evaluations"] == result.ledger.total
     assert [record["iteration"] for record in result.history] == list(range(1, 13))
@@ -174,9 +212,9 @@ def test_the_ledger_is_what_the_networks_were_asked(world, name):
 
 @pytest.mark.parametrize("name", list(METHODS))
 def test_the_same_seed_gives_the_same_student(world, name):
+    options = {"iterations": 3, "batch_size": 8, **NEEDED.get(name, {})}
     students = [
-        baselines.run(name, *world[:2], GRID, iterations=3, batch_size=8, seed=seed).student
-        for seed in (0, 0, 1)
+        baselines.run(name, *world[:2], GRID, seed=seed, **options).student for seed in (0, 0, 1)
     ]
     first, again, other = (s.network.change.weight for s in students)
     assert torch.equal(first, again)
