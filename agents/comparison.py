@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from redif_env.errors import InvalidArgumentError, check_choice, check_integer, check_number
+from redif_env.rewards.base import Reward
+from redif_env.rewards.base import evaluate as evaluate_reward
 from redif_env.rewards.distributional import MMD, energy_kernel, polynomial_kernel
 from redif_env.rewards.pixel import MSE, PSNR, SSIM
 
@@ -21,7 +23,7 @@ from .intervals import Draws, holm, holm_levels, resample, verdict
 from .metrics import Statistic
 
 LARGER_IS_BETTER = frozenset(
-    {"psnr", "ssim", "label_agreement", "label_balance"}
+    {"psnr", "ssim", "label_agreement", "label_balance", "reward"}
     | {"precision", "recall", "density", "coverage"}
 )
 # Of these more than the floor is no virtue: samples that all look typical have more of both.
@@ -74,10 +76,12 @@ class Features:
         judge: Features and labels; None leaves out what needs labels, and sees points `(N, F)` as
             they are, images flattened.
         inception: Of `inception.load_inception`; None leaves out the standard FID.
+        reward: One whose mean over paired samples is a figure, too; None leaves it out.
     """
 
     judge: Judge | None = None
     inception: Extractor | None = None
+    reward: Reward | None = None
 
     def see(self, samples: Tensor) -> Tensor:
         """Features `(N, F)` for all but the standard FID."""
@@ -124,9 +128,9 @@ def evaluate(
 
     Figures of distributions (`frechet`, `kid`, `mmd`, `energy_distance`, `sliced_wasserstein`,
     `precision`, `recall`, `density`, `coverage`, `label_balance`, `fid`, `inception_kid`) are to
-    `yardstick.reference`; `label_agreement` to the classes asked for; `paired_mse`, `psnr`, `ssim`
-    and `feature_distance`, of paired methods, to `yardstick.answers` row by row. docs/evaluation.md
-    says which of them to trust.
+    `yardstick.reference`; `label_agreement` to the classes asked for; `paired_mse`, `psnr`, `ssim`,
+    `feature_distance` and `reward`, of paired methods, to `yardstick.answers` row by row.
+    docs/evaluation.md says which of them to trust.
 
     Args:
         methods: By name. All have as many rows as the yardstick's answers, because the bias of
@@ -198,10 +202,13 @@ def measure(samples: Tensor, yardstick: Yardstick, features: Features) -> dict[s
     return {name: float(metrics.estimate(each, *sizes)) for name, each in found.items()}
 
 
-def row_figures(samples: Tensor, answers: Tensor, features: Features) -> dict[str, Tensor]:
-    """Paired figures of each row: `paired_mse`, `psnr`, `ssim`, `feature_distance`, `(N,)` each.
+def row_figures(
+    samples: Tensor, answers: Tensor, features: Features, condition: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Paired figures of each row, `(N,)` each.
 
-    The last is the mean squared difference of the judge's features; without a judge there is none.
+    `paired_mse` and `psnr`; `ssim` of images; with a judge `feature_distance`, the mean squared
+    difference of its features; with a reward `reward`.
     """
     rows = {
         "paired_mse": -MSE()(samples, answers, None),
@@ -212,6 +219,8 @@ def row_figures(samples: Tensor, answers: Tensor, features: Features) -> dict[st
     if features.judge is not None:
         change = features.see(samples) - features.see(answers)
         rows["feature_distance"] = change.square().mean(1)
+    if features.reward is not None:
+        rows["reward"] = evaluate_reward(features.reward, samples, answers, condition)[0]
     return rows
 
 
@@ -232,7 +241,8 @@ class _Sight:
     def rows(self) -> dict[str, Tensor]:
         if not self.paired:
             return {}
-        return row_figures(self.samples, self.bench.yardstick.answers, self.bench.features)
+        answers, features = self.bench.yardstick.answers, self.bench.features
+        return row_figures(self.samples, answers, features, self.condition)
 
     @functools.cached_property
     def neighbourhoods(self) -> dict[str, Statistic]:
@@ -280,6 +290,7 @@ _FIGURES: dict[str, Callable[[_Sight], Statistic | None]] = {
     "psnr": lambda sight: sight.row("psnr"),
     "ssim": lambda sight: sight.row("ssim"),
     "feature_distance": lambda sight: sight.row("feature_distance"),
+    "reward": lambda sight: sight.row("reward"),
     "frechet": lambda sight: sight.of_judge(metrics.frechet_distance),
     "kid": lambda sight: sight.of_judge(_kid),
     "mmd": _Sight.mmd,

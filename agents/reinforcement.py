@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -24,12 +25,17 @@ from redif_env.vector_env import FREE, ReDiFVectorEnv
 from . import presets
 from .baselines.base import FORWARD_AND_BACKWARD, Ledger, Result
 from .callbacks import IterationCallback
+from .choices import ScheduleHead
 from .online import UpdateReward
 from .ppo import ReDiFPPO
+from .sampling import sample
 
+NUM_COUNTED = 512  # tasks whose steps are counted for a mean
 # What a recipe's changes mean that are no arguments of `ReDiFPPO`.
-ENV_OPTIONS = ("group_size",)
-POLICY_OPTIONS = ("exploration_mean", "learn_std")
+ENV_OPTIONS = ("group_size", "step_cost")
+POLICY_OPTIONS = ("exploration_mean", "learn_std", "schedule_lr_scale")
+# Starts close to the grid, and stops early or late often enough to learn from it.
+ADAPTIVE_HEAD = {"kind": "beta", "adaptive": True, "concentration": 60.0, "stop_prob": 0.3}
 
 
 def make_model(
@@ -40,13 +46,16 @@ def make_model(
     bank: TeacherBank | None,
     env_options: Mapping[str, Any],
     agent_options: Mapping[str, Any],
+    adaptive: bool = False,
 ) -> ReDiFPPO:
-    """The agent on a fixed grid, or on one that starts there and is learned."""
+    """The agent on a fixed grid, or on times that start there and are learned, see `train`."""
     times: dict[str, Any] = {"schedule": timesteps}
     if learned:
         num_steps = len(timesteps) - 1
-        times = {"schedule": FREE, "num_steps": num_steps, "min_steps": num_steps}
+        fewest = 1 if adaptive else num_steps
+        times = {"schedule": FREE, "num_steps": num_steps, "min_steps": fewest}
         policy = {**agent_options["policy_kwargs"], "timesteps": timesteps.tolist()}
+        policy |= {"schedule_head": ADAPTIVE_HEAD} if adaptive else {}
         agent_options = {**agent_options, "policy_kwargs": policy}
     env = ReDiFVectorEnv(num_envs, teacher, bank=bank, **times, **env_options)
     return ReDiFPPO("StudentPolicy", env, **agent_options)
@@ -89,6 +98,7 @@ def train(
     num_envs: int = 512,
     start: Denoiser | None = None,
     learned: bool = False,
+    adaptive: bool = False,
     reward: str | Reward = "mse",
     seed: int = 0,
     on_iteration: Callable[[int, Denoiser], None] | None = None,
@@ -107,11 +117,13 @@ def train(
         num_envs: Trajectories of a rollout.
         start: What training starts from; not changed. Default: the teacher.
         learned: Whether to train the times too, from `grid`.
+        adaptive: With `learned`: whether each sample has times and a number of steps of its own,
+            at most as many as `grid`. A step should have a `step_cost` then.
         reward: Without a map credit is global. Terms that are trained are, after every rollout.
         seed: Of training.
         on_iteration: Called with the iterations done and the averaged student.
-        changes: To the recipe: `group_size`, `decay`, `exploration_mean`, `learn_std`, and
-            arguments of `ReDiFPPO`.
+        changes: To the recipe: `group_size`, `step_cost`, `decay`, `exploration_mean`,
+            `learn_std`, `schedule_lr_scale`, and arguments of `ReDiFPPO`.
 
     Raises:
         InvalidArgumentError: for an argument that makes no sense, before anything is computed.
@@ -120,6 +132,8 @@ def train(
         raise InvalidArgumentError(
             "iterations", iterations, "pass either iterations or budget, and not both."
         )
+    if adaptive and not learned:
+        raise InvalidArgumentError("adaptive", adaptive, "pass learned=True, too.")
     grid = schedules.explicit(grid, teacher.denoiser.schedule)
 
     def make() -> ReDiFPPO:
@@ -130,7 +144,9 @@ def train(
             agent_options["policy_kwargs"]["student"] = description
         env_options |= {"reward": own, "seed": seed}
         agent_options["seed"] = seed
-        model = make_model(teacher, num_envs, grid, learned, bank, env_options, agent_options)
+        model = make_model(
+            teacher, num_envs, grid, learned, bank, env_options, agent_options, adaptive
+        )
         model.set_logger(configure(None, []))
         policy: Any = model.policy
         policy.load_student((start or teacher.denoiser).network.state_dict())
@@ -156,14 +172,29 @@ def train(
     ledger.updates["student"] = model.updates
     policy: Any = model.policy
     student = model.student()
-    return Result(
+    result = Result(
         student=student,
-        timesteps=policy.schedule_head.grid() if learned else grid,
+        timesteps=policy.schedule_head.grid() if learned and not adaptive else grid,
         ledger=ledger,
         history=follower.history,
         sampler=schedules.sample,
         nfe=(len(grid) - 1) * student.nfe,
     )
+    return _adaptively(result, policy.schedule_head, bank) if adaptive else result
+
+
+def _adaptively(result: Result, head: ScheduleHead, bank: TeacherBank) -> Result:
+    """The result with a sampler whose times a head chooses, and its mean evaluations a sample."""
+
+    def sampler(
+        student: Denoiser, x_T: Tensor, condition: Tensor | None, timesteps: Tensor
+    ) -> Tensor:
+        return sample(student, head, x_T, condition)[0]
+
+    tasks = bank.subset(min(len(bank), NUM_COUNTED))
+    _, num_steps = sample(result.student, head, tasks.x_T, tasks.condition)
+    nfe = float(num_steps.double().mean()) * result.student.nfe
+    return dataclasses.replace(result, sampler=sampler, nfe=nfe)
 
 
 def recipe_options(

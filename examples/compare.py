@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from agents.benchmark import ENTRANTS, Runs, Sizes, make_task, plan, plan_trials
+from agents.benchmark import Runs, Sizes, make_task, plan, plan_trials, taking_part
 from agents.benchmark.report import report, tuning_table
 from redif_env.errors import check_integer, require
 
@@ -24,11 +24,11 @@ class Args:
     """Compare few-step techniques."""
 
     task: str = "digits"
-    """digits, digits-unconditional, digits-quarter, mixture or images."""
+    """digits, digits-unconditional, digits-quarter, digits-blind, mixture or images."""
     teacher: Path | None = None
     """Folder of the teacher, for the task images."""
-    methods: tuple[str, ...] = tuple(ENTRANTS)
-    """Entrants; see agents/benchmark/entrants.py."""
+    methods: tuple[str, ...] = ()
+    """Entrants, see agents/benchmark/entrants.py; default: all that the task has."""
     num_steps: tuple[int, ...] = (1, 2, 4, 3, 6, 8)
     """Numbers of steps."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -55,7 +55,7 @@ def work(args: Args) -> None:
     """Do what is missing of the plan, beside other processes."""
     torch.set_num_threads(1)
     runs = open_runs(args)
-    runs.execute(planned(args))
+    runs.execute(planned(args, runs))
 
 
 def open_runs(args: Args) -> Runs:
@@ -66,11 +66,12 @@ def open_runs(args: Args) -> Runs:
     return Runs(task, args.results / f"{name}.jsonl", args.samples / name)
 
 
-def planned(args: Args) -> list:
+def planned(args: Args, runs: Runs) -> list:
     """The runs that the arguments ask for."""
+    methods = args.methods or taking_part(runs.task)
     if args.tune:
-        return plan_trials(args.methods, args.num_steps[0], args.budget)
-    return plan(args.methods, args.num_steps, args.seeds, args.budget)
+        return plan_trials(methods, args.num_steps[0], args.budget)
+    return plan(methods, args.num_steps, args.seeds, args.budget)
 
 
 def main(args: Args) -> None:
@@ -90,7 +91,7 @@ def main(args: Args) -> None:
     if args.tune:
         print(tuning_table(runs.read()))
     else:
-        print(report(runs, planned(args), args.results))
+        print(report(runs, planned(args, runs), args.results))
 
 
 if __name__ == "__main__":

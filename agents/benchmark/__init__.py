@@ -3,7 +3,7 @@
 `examples/compare.py` is its command; docs/benchmark.md has the protocol and the results.
 """
 
-from .entrants import ENTRANTS, OURS, Entrant
+from .entrants import ENTRANTS, OURS, Entrant, taking_part
 from .runs import Run, Runs, plan, plan_trials
 from .tasks import TASKS, Sizes, Task, make_task
 
@@ -19,4 +19,5 @@ __all__ = [
     "make_task",
     "plan",
     "plan_trials",
+    "taking_part",
 ]

@@ -11,16 +11,19 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from redif_env import schedules
 from redif_env.denoiser import Denoiser
-from redif_env.rewards import MMD, MSE, Discriminator, Reward
+from redif_env.rewards import MMD, Discriminator, Reward
 
 from .. import baselines, reinforcement
 from ..baselines import METHODS, SOLVERS, Ledger, Result
 from .tasks import Task
 
 SEARCHED = "+search"
+SURROGATE = "surrogate"  # only where the reward has no gradient
 GRID, UNIFORM = "grid", "uniform"  # a setting: not the searched grid
 EMA_DECAY = 0.95
 
@@ -45,6 +48,7 @@ class Entrant:
 def _rival(name: str) -> Entrant:
     def train(task: Task, grid: Tensor, budget: int, seed: int, **settings: Any) -> Result:
         settings = {"start": task.start, **settings}
+        settings |= {"reward": task.reward} if name == SURROGATE else {}
         return METHODS[name].train(
             task.teacher,
             task.train,
@@ -58,7 +62,7 @@ def _rival(name: str) -> Entrant:
     return Entrant("rival", train)
 
 
-def _ours(reward: Callable[[Task], Reward | str] = lambda task: "mse", **recipe: Any) -> Entrant:
+def _ours(reward: Callable[[Task], Reward] = lambda task: task.reward, **recipe: Any) -> Entrant:
     def train(task: Task, grid: Tensor, budget: int, seed: int, **settings: Any) -> Result:
         return _reinforce(
             task, grid, budget, seed, task.start, reward(task), {**recipe, **settings}
@@ -73,7 +77,7 @@ def _reinforce(
     budget: int,
     seed: int,
     start: Denoiser | None,
-    reward: Reward | str,
+    reward: Reward,
     recipe: dict[str, Any],
 ) -> Result:
     return reinforcement.train(
@@ -99,7 +103,7 @@ def _warm(first: str) -> Entrant:
         began = warm(task, grid, spend, seed, **own)
         left = budget - began.ledger.total
         settings = {**CHOSEN[OURS], **settings}
-        result = _reinforce(task, grid, left, seed, began.student, "mse", settings)
+        result = _reinforce(task, grid, left, seed, began.student, task.reward, settings)
         return dataclasses.replace(result, ledger=_added(began.ledger, result.ledger))
 
     return Entrant("ours", train)
@@ -113,14 +117,43 @@ def _added(first: Ledger, second: Ledger) -> Ledger:
     )
 
 
+def _adaptive(task: Task, grid: Tensor, budget: int, seed: int, **settings: Any) -> Result:
+    """Times and a number of steps for each sample; the network is the start's, and stays so.
+
+    A step costs what one more, to half of the last time, saves on the whole: it pays only where it
+    saves more than that.
+    """
+    denoiser, bank = task.start or task.teacher.denoiser, task.validation
+    longer = _one_more(grid, task)
+    before = denoiser.network_evaluations
+    errors = [
+        schedules.sample(denoiser, bank.x_T, bank.condition, times).sub(bank.teacher_x_0).square()
+        for times in (grid, longer)
+    ]
+    spent = denoiser.network_evaluations - before
+    saved = float((errors[0].mean() - errors[1].mean()).clamp_min(0))
+    recipe = {"learned": True, "adaptive": True, "step_cost": saved, **settings}
+    result = _reinforce(
+        task, _one_more(longer, task), budget, seed, task.start, task.reward, recipe
+    )
+    result.ledger.evaluations["search"] += spent
+    return result
+
+
+def _one_more(grid: Tensor, task: Task) -> Tensor:
+    """The grid with one more step, from half of its last time; the grid if that is no time."""
+    half = task.teacher.denoiser.schedule.snap(grid[-2:-1] / 2)
+    return torch.cat([grid[:-1], half, grid[-1:]]) if 0 < half < grid[-2] else grid
+
+
 def _mmd(task: Task) -> Reward:
     """Beside the error: the answers to other noise are what samples are to look like."""
-    return MSE() + 0.1 * MMD(reference=task.validation.teacher_x_0)
+    return task.reward + 0.1 * MMD(reference=task.validation.teacher_x_0)
 
 
 def _discriminator(task: Task) -> Reward:
     denoiser = task.teacher.denoiser
-    return MSE() + 0.01 * Discriminator(denoiser.latent_shape, denoiser.num_classes)
+    return task.reward + 0.01 * Discriminator(denoiser.latent_shape, denoiser.num_classes)
 
 
 OURS = "ours"
@@ -141,6 +174,7 @@ ENTRANTS: dict[str, Entrant] = {
         group_size=8, num_envs=2048, batch_size=1024, n_epochs=1, learning_rate=1e-3
     ),
     f"{OURS}-times": _ours(learned=True),
+    f"{OURS}-adaptive": Entrant("ours", _adaptive),
     f"{OURS}-mmd": _ours(_mmd),
     f"{OURS}-discriminator": _ours(_discriminator),
     "grpo": _ours(preset="grpo"),
@@ -149,6 +183,18 @@ ENTRANTS: dict[str, Entrant] = {
         preset="ddpo", learning_rate=5e-5, eta=0.0, min_std=0.1, clip_range=1e-2, decay=True
     ),
 }
+
+
+def taking_part(task: Task) -> tuple[str, ...]:
+    """Whom to compare on a task: all, or where the reward has no gradient those that raise it.
+
+    Beside these, controls that learn the teacher's answers and know nothing of the reward.
+    """
+    if not task.blind:
+        return tuple(name for name in ENTRANTS if name != SURROGATE)
+    raising = (OURS, GROUPS_OF_8, "grpo", "ddpo", SURROGATE)
+    return ("ddim+search", "output_regression", "backprop", *raising)
+
 
 Settings = dict[str, Any]
 
@@ -174,6 +220,11 @@ TRIALS: dict[str, Sequence[Settings]] = {
         *_rates(5e-5, 1e-4, 2e-4, batch_size=64, fake_updates=2),
     ),
     "backprop": _RATES,
+    SURROGATE: (
+        *_rates(2e-4),
+        *_rates(1e-4, 2e-4, surrogate_updates=2),
+        *_rates(2e-4, noise_std=0.3),
+    ),
     OURS: (
         *_rates(2e-4, 4e-4),
         *_rates(2e-4, group_size=4, num_envs=1024, batch_size=512),
@@ -190,6 +241,15 @@ CHOSEN: dict[str, Settings] = {
     "backprop": {"learning_rate": 2e-4},
     OURS: {"learning_rate": 2e-4},
     f"progressive+{OURS}": {"grid": UNIFORM},
+    # Those of benchmarks/schedules.py.
+    f"{OURS}-adaptive": {
+        "trained": "schedule",
+        "group_size": 4,
+        "learning_rate": 1e-3,
+        "schedule_lr_scale": 10.0,
+        "advantage_clip": 3.0,
+        "n_epochs": 5,
+    },
 }
 
 

@@ -16,14 +16,17 @@ from ..distillation import write_json
 from ..pictures import save_samples
 from .entrants import ENTRANTS, GROUPS_OF_8, OURS
 from .runs import Run, Runs
+from .tasks import Task
 
 # Of ours, those that the others are compared with, in this order.
 HEADLINE = (OURS, f"output_regression+{OURS}", GROUPS_OF_8)
 WITH_JUDGE = ("paired_mse", "frechet", "coverage", "label_agreement", "label_balance")
 WITHOUT_JUDGE = ("paired_mse", "sliced_wasserstein", "coverage")
-RANKED = ("paired_mse", "frechet", "sliced_wasserstein")  # for verdicts
+REWARD = "reward"  # the first figure where it has no gradient
+RANKED = (REWARD, "paired_mse", "frechet", "sliced_wasserstein")  # for verdicts
 NUM_RESAMPLES = 2000
 TITLES = {
+    REWARD: "reward",
     "paired_mse": "paired MSE",
     "frechet": "excess Frechet",
     "sliced_wasserstein": "excess sliced W.",
@@ -88,14 +91,14 @@ def compare(runs: Runs, finished: Finished) -> dict[str, Any]:
         task.yardstick,
         task.features,
         focus=[name for name in HEADLINE if name in methods],
-        figures=WITHOUT_JUDGE if task.judge is None else WITH_JUDGE,
+        figures=_figures(task),
         num_resamples=NUM_RESAMPLES,
     )
     for name, own in finished.items():
         lines = [line for _, line in own]
         found["methods"][name]["runs"] = {
             "seeds": len(lines),
-            "nfe": lines[0]["nfe"],
+            "nfe": _mean([line["nfe"] for line in lines]),
             "cost": _mean([sum(line["ledger"].values()) for line in lines]),
             "seconds": _mean([line["seconds"] for line in lines]),
             "settings": lines[0]["settings"],
@@ -106,23 +109,27 @@ def compare(runs: Runs, finished: Finished) -> dict[str, Any]:
 def table(finished: Finished, found: Mapping[str, Any]) -> str:
     """One row a method, best paired MSE first within its kind, and the verdicts on ours."""
     methods = found["methods"]
-    figures = [name for name in TITLES if name in found["floor"] or name == "paired_mse"]
+    figures = [name for name in TITLES if name in next(iter(methods.values()))]
     ours = [name for name in HEADLINE if name in methods]
     head = ["method", "NFE", "cost, k", "seconds", "seeds", *(TITLES[name] for name in figures)]
     head += [f"`{name}` against it" for name in ours]
     rows = [head, ["---"] * len(head)]
     kinds = {"ours": 0, "rival": 1, "solver": 2}
-    for name in sorted(
-        methods, key=lambda n: (kinds[ENTRANTS[n].kind], methods[n]["paired_mse"]["estimate"])
-    ):
+    for name in sorted(methods, key=lambda n: (kinds[ENTRANTS[n].kind], _badness(methods[n]))):
         own = methods[name]
         about = own["runs"]
-        cells = [name, about["nfe"], f"{about['cost'] / 1000:.0f}", f"{about['seconds']:.0f}"]
+        cells = [
+            name,
+            f"{about['nfe']:g}",
+            f"{about['cost'] / 1000:.0f}",
+            f"{about['seconds']:.0f}",
+        ]
         cells += [about["seeds"], *(_cell(own[figure], figure) for figure in figures)]
         cells += [_verdicts(found, first, name) for first in ours]
         rows.append([str(cell) for cell in cells])
     floor = [
-        _cell(found["floor"][name], None) if name in found["floor"] else "0" for name in figures
+        _cell(found["floor"][name], None) if name in found["floor"] else _of_copies(name)
+        for name in figures
     ]
     rows.append(["teacher on other noise", "", "", "", "", *floor, *([""] * len(ours))])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
@@ -192,6 +199,20 @@ def _verdicts(found: Mapping[str, Any], method: str, rival: str) -> str:
         if (row["figure"], row["method"], row["rival"]) == (figure, method, rival)
     ]
     return " / ".join(words)
+
+
+def _figures(task: Task) -> tuple[str, ...]:
+    own = WITHOUT_JUDGE if task.judge is None else WITH_JUDGE
+    return (REWARD, *own) if task.blind else own
+
+
+def _badness(own: Mapping[str, Any]) -> float:
+    """What methods are ordered by: the error, or minus a reward that has no gradient."""
+    return -own[REWARD]["estimate"] if REWARD in own else own["paired_mse"]["estimate"]
+
+
+def _of_copies(name: str) -> str:
+    return "0" if name == "paired_mse" else ""
 
 
 def _mean(values: Sequence[float]) -> float:

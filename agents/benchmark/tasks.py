@@ -18,6 +18,7 @@ from redif_env.denoiser import Denoiser
 from redif_env.errors import InvalidArgumentError, check_choice
 from redif_env.loading import build_denoiser, load_teacher, noise_schedule
 from redif_env.noise import NoiseSchedule, expand
+from redif_env.rewards import MSE, CompressedSize, Reward
 from redif_env.teacher import Teacher, TeacherBank
 
 from .. import baselines, smaller
@@ -54,6 +55,8 @@ class Task:
         judge: Whose features and labels to judge by; None sees points as they are.
         train, validation, test, reference: Tasks; no noise is in two of them.
         start: What all that is trained starts from; None: the teacher.
+        reward: What training is to raise; of what is not differentiable, the figure by which
+            methods are ranked.
     """
 
     name: str
@@ -64,11 +67,17 @@ class Task:
     test: TeacherBank
     reference: TeacherBank
     start: Denoiser | None = None
+    reward: Reward = dataclasses.field(default_factory=MSE)
+
+    @property
+    def blind(self) -> bool:
+        """Whether the reward has no gradient."""
+        return not self.reward.differentiable
 
     @functools.cached_property
     def features(self) -> Features:
         """What samples are seen through."""
-        return Features(self.judge)
+        return Features(self.judge, reward=self.reward if self.blind else None)
 
     @functools.cached_property
     def yardstick(self) -> Yardstick:
@@ -120,6 +129,7 @@ def make_task(name: str, sizes: Sizes | None = None, teacher: str | Path | None 
         test=build(sizes.test, split="test"),
         reference=build(sizes.test, split="test", seed=REFERENCE_SEED),
         start=start,
+        reward=REWARDS.get(name, MSE)(),
     )
 
 
@@ -228,11 +238,19 @@ def _images(folder: str | Path) -> tuple[Teacher, Denoiser | None]:
     return load_teacher(folder), None
 
 
+def _blind_reward() -> Reward:
+    # So that at two steps its part is about as large as the error.
+    return MSE() + 5e-4 * CompressedSize()
+
+
 IMAGES = "images"
+BLIND = "digits-blind"
 TASKS: dict[str, Callable[..., tuple[Teacher, Denoiser | None]]] = {
     "mixture": _mixture,
     "digits": _digits,
     "digits-unconditional": _unconditional_digits,
     "digits-quarter": _quarter_digits,
+    BLIND: _digits,
     IMAGES: _images,
 }
+REWARDS: dict[str, Callable[[], Reward]] = {BLIND: _blind_reward}  # of others MSE

@@ -8,17 +8,32 @@ import json
 import pytest
 import torch
 
-from agents.benchmark import ENTRANTS, OURS, Run, Runs, Sizes, make_task, plan, plan_trials
+from agents.benchmark import (
+    ENTRANTS,
+    OURS,
+    Run,
+    Runs,
+    Sizes,
+    make_task,
+    plan,
+    plan_trials,
+    taking_part,
+)
 from agents.benchmark import entrants as entrants_module
 from agents.benchmark.report import report, tuning_table
 from agents.benchmark.tasks import Mixture, unconditional
 from agents.comparison import measure
 from redif_env import load_teacher, schedules
 from redif_env.errors import InvalidArgumentError
+from redif_env.rewards import MSE, Reward
 
 SMALL = Sizes(train=64, validation=32, test=48)
 BUDGET = 1500
-TRAINED = [name for name, entrant in ENTRANTS.items() if entrant.train is not None]
+ADAPTIVE = f"{OURS}-adaptive"
+SURROGATE = "surrogate"  # has a task of its own
+TRAINED = [
+    name for name, entrant in ENTRANTS.items() if entrant.train is not None and name != SURROGATE
+]
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +124,8 @@ def test_every_trained_entrant_trains_within_its_budget(task, tmp_path, name):
     spent = sum(line["ledger"].values()) - line["ledger"].get("search", 0)
     # Rivals may exceed it by an iteration of theirs; distribution matching's is the dearest.
     assert BUDGET / 2 < spent <= BUDGET + 400
+    if name == ADAPTIVE:  # its student is the start
+        return
     assert line["updates"]["student"] > 1
     samples = runs.load(Run(name, 2, 0, BUDGET, settings))
     assert samples.isfinite().all()
@@ -211,6 +228,45 @@ def test_the_report_says_who_is_better(task, tmp_path):
     for name in ("mixture-nfe.png", "mixture-cost.png"):
         assert (tmp_path / name).stat().st_size > 1000
     assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.usefixtures("quick")
+def test_on_a_reward_without_a_gradient_methods_are_ranked_by_it(task, tmp_path):
+    class Right(Reward):
+        """How far to the right a point is."""
+
+        def __call__(self, x_0, teacher_x_0, condition):
+            return x_0[:, 0].detach()
+
+    blind = dataclasses.replace(task, reward=MSE() + 0.5 * Right())
+    assert set(taking_part(task)) == {*ENTRANTS} - {SURROGATE}
+    assert {SURROGATE, OURS, "ddpo"} < set(taking_part(blind))
+    runs = make_runs(blind, tmp_path)
+    planned = plan(["output_regression", SURROGATE, OURS], [2], [0], BUDGET)
+    runs.execute(planned)
+    text = report(runs, planned, tmp_path)
+    found = json.loads((tmp_path / "mixture.json").read_text())["steps"]["2"]
+    for line in runs.read():
+        (run,) = (each for each in planned if each.method == line["method"])
+        samples, answers = runs.load(run), task.test.teacher_x_0
+        wanted = (0.5 * samples[:, 0] - (samples - answers).square().mean(1)).mean()
+        own = found["methods"][line["method"]]["reward"]
+        assert own["estimate"] == pytest.approx(float(wanted), abs=1e-5)
+        assert line["reward"] == pytest.approx(float(wanted), abs=1e-5)
+    assert "`ours`, reward." in text
+    figures = {row["figure"] for row in found["comparisons"]}
+    assert {"reward", "paired_mse", "sliced_wasserstein"} <= figures
+
+
+def test_an_adaptive_entrant_counts_the_steps_that_samples_take(task, tmp_path):
+    settings = {**entrants_module.CHOSEN[ADAPTIVE], "num_envs": 16, "batch_size": 16}
+    runs = make_runs(task, tmp_path)
+    runs.execute([Run(ADAPTIVE, 2, 0, BUDGET, settings)])
+    (line,) = runs.read()
+    assert 1 <= line["nfe"] <= 4
+    # It is the teacher's network: only the times differ, and the grid has two more than asked for.
+    assert len(line["timesteps"]) == 2 + 2 + 1
+    assert line["ledger"]["search"] > 2 * 32 * 2
 
 
 def test_measure_is_zero_for_the_answers_themselves(task):
