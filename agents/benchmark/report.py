@@ -34,6 +34,7 @@ TITLES = {
     "label_agreement": "label agreement",
     "label_balance": "label balance",
 }
+_KINDS = {"ours": 0, "rival": 1, "solver": 2}  # the order of rows
 Finished = Mapping[str, list[tuple[Run, dict[str, Any]]]]
 
 
@@ -49,8 +50,9 @@ def report(runs: Runs, planned: Sequence[Run], folder: Path) -> str:
         if finished:
             found = compare(runs, finished)
             compared[num_steps] = found
-            title = "1 step" if num_steps == 1 else f"{num_steps} steps"
-            sections.append(f"## {title}\n\n{table(finished, found)}\n\n{summary(found)}")
+            sections.append(
+                f"## {_title(num_steps)}\n\n{table(finished, found)}\n\n{summary(found)}"
+            )
             _draw_samples(runs, finished, folder)
     if not compared:
         return "No run is finished."
@@ -64,7 +66,7 @@ def report(runs: Runs, planned: Sequence[Run], folder: Path) -> str:
     write_json(folder / f"{name}.json", written)
     _draw_quality(compared, folder / f"{name}-nfe.png")
     _draw_cost(runs.read(), compared, folder / f"{name}-cost.png")
-    text = "\n\n".join([_opening(runs, compared), *sections]) + "\n"
+    text = "\n\n".join([_opening(runs, compared), overview(compared), *sections]) + "\n"
     _write_text(folder / f"{name}.md", text)
     return text
 
@@ -114,8 +116,7 @@ def table(finished: Finished, found: Mapping[str, Any]) -> str:
     head = ["method", "NFE", "cost, k", "seconds", "seeds", *(TITLES[name] for name in figures)]
     head += [f"`{name}` against it" for name in ours]
     rows = [head, ["---"] * len(head)]
-    kinds = {"ours": 0, "rival": 1, "solver": 2}
-    for name in sorted(methods, key=lambda n: (kinds[ENTRANTS[n].kind], _badness(methods[n]))):
+    for name in sorted(methods, key=lambda n: (_KINDS[ENTRANTS[n].kind], _badness(methods[n]))):
         own = methods[name]
         about = own["runs"]
         cells = [
@@ -132,7 +133,28 @@ def table(finished: Finished, found: Mapping[str, Any]) -> str:
         for name in figures
     ]
     rows.append(["teacher on other noise", "", "", "", "", *floor, *([""] * len(ours))])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return _markdown(rows)
+
+
+def overview(compared: Mapping[int, Mapping[str, Any]]) -> str:
+    """All numbers of steps in one table: what methods are ordered by, and `ours` against each."""
+    all_found = list(compared.values())
+    first = next(iter(all_found[0]["methods"].values()))
+    figure = REWARD if REWARD in first else "paired_mse"
+    names = dict.fromkeys(name for found in all_found for name in found["methods"])
+    last = all_found[-1]["methods"]
+    order = sorted(names, key=lambda n: (_KINDS[ENTRANTS[n].kind], _badness(last.get(n, first))))
+    rows = [[TITLES[figure], *(_title(steps) for steps in compared)], ["---"] * (len(compared) + 1)]
+    rows += [[name, *(_brief(found, name, figure) for found in all_found)] for name in order]
+    return _markdown(rows)
+
+
+def _brief(found: Mapping[str, Any], name: str, figure: str) -> str:
+    """A figure, with the verdict on `ours` against it."""
+    if name not in found["methods"]:
+        return ""
+    verdict = _verdicts(found, OURS, name, (figure,))
+    return _short(found["methods"][name][figure]["estimate"]) + (f" {verdict}" if verdict else "")
 
 
 def summary(found: Mapping[str, Any]) -> str:
@@ -174,8 +196,17 @@ def _opening(runs: Runs, compared: Mapping[int, Any]) -> str:
         f"Means over seeds with {first['level']:.0%} intervals; {first['num_samples']} test tasks. "
         "Cost: thousands of network-forward equivalents of training and of searching the grid, "
         "without the teacher's answers, which all share. Seconds: wall clock, one thread."
+        " The first table says what `ours` is against each: better, matches, worse, or not shown."
         + (warning if 1 in trained else "")
     )
+
+
+def _title(num_steps: int) -> str:
+    return "1 step" if num_steps == 1 else f"{num_steps} steps"
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def _cell(figure: Mapping[str, Any], name: str | None) -> str:
@@ -191,10 +222,12 @@ def _short(value: float) -> str:
     return f"{value:.5f}" if abs(value) < 0.1 else f"{value:.3f}"
 
 
-def _verdicts(found: Mapping[str, Any], method: str, rival: str) -> str:
+def _verdicts(
+    found: Mapping[str, Any], method: str, rival: str, figures: Sequence[str] = RANKED
+) -> str:
     words = [
         row["verdict"]
-        for figure in RANKED
+        for figure in figures
         for row in found["comparisons"]
         if (row["figure"], row["method"], row["rival"]) == (figure, method, rival)
     ]
@@ -261,8 +294,7 @@ def _draw_cost(lines: Sequence[Mapping[str, Any]], compared: Mapping[int, Any], 
             costs = [_mean([sum(x["ledger"].values()) for x in points[b]]) for b in sorted(points)]
             errors = [_mean([x["paired_mse"] for x in points[b]]) for b in sorted(points)]
             place.plot(costs, errors, label=name, **_style(name))
-        title = "1 step" if num_steps == 1 else f"{num_steps} steps"
-        place.set(yscale="log", title=title, xlabel="network-forward equivalents")
+        place.set(yscale="log", title=_title(num_steps), xlabel="network-forward equivalents")
     axes[0].set_ylabel("paired MSE")
     axes[-1].legend(fontsize=6)
     _save(figure, path)

@@ -134,7 +134,7 @@ class Runs:
             with lock:
                 if self.find(run) is None:
                     line = self._execute(run)
-                    shown = {k: line[k] for k in ("paired_mse", "frechet") if k in line}
+                    shown = {k: line[k] for k in ("reward", "paired_mse", "frechet") if k in line}
                     print(f"{number}/{len(runs)}", run.label, shown, line["seconds"], flush=True)
 
     def grid(self, num_steps: int) -> tuple[Tensor, int]:

@@ -213,6 +213,12 @@ def test_the_report_says_who_is_better(task, tmp_path):
     two = written["steps"]["2"]
     for name in ("ddim", "backprop", OURS):
         assert f"| {name} |" in text
+    (row,) = (line for line in text.splitlines() if line.startswith("| backprop | 0."))
+    one, two_steps = (written["steps"][n]["methods"]["backprop"]["paired_mse"] for n in "12")
+    cells = [cell.split()[0] for cell in row.strip("| ").split(" | ")[1:]]
+    assert [float(c) for c in cells] == pytest.approx(
+        [each["estimate"] for each in (one, two_steps)], abs=1e-3
+    )
     assert two["methods"][OURS]["runs"]["seeds"] == 2
     assert two["methods"]["ddim"]["runs"]["cost"] == 0
     own = [line for line in runs.read() if line["method"] == OURS and line["num_steps"] == 2]
