@@ -19,7 +19,7 @@ from .consistency import Consistency
 from .distribution_matching import DistributionMatching
 from .output_regression import OutputRegression
 from .progressive import Progressive
-from .solvers import SOLVERS, search, solve
+from .solvers import SOLVERS, fits, search, solve
 from .surrogate import Surrogate
 from .trajectory_regression import TrajectoryRegression
 
@@ -49,6 +49,7 @@ __all__ = [
     "Result",
     "Surrogate",
     "TrajectoryRegression",
+    "fits",
     "run",
     "search",
     "solve",

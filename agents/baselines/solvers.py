@@ -163,6 +163,15 @@ def make_solver(name: str, teacher: Teacher, grid: Tensor) -> Callable[[], Any]:
     return make
 
 
+def fits(name: str, teacher: Teacher) -> bool:
+    """Whether a solver can step this teacher."""
+    try:
+        make_solver(name, teacher, schedules.uniform(teacher.denoiser.schedule, 1))
+    except InvalidArgumentError:
+        return False
+    return True
+
+
 def _sample(
     name: str,
     teacher: Teacher,

@@ -191,7 +191,12 @@ def taking_part(task: Task) -> tuple[str, ...]:
     Beside these, controls that learn the teacher's answers and know nothing of the reward.
     """
     if not task.blind:
-        return tuple(name for name in ENTRANTS if name != SURROGATE)
+        unfit = {name for name in SOLVERS if not baselines.fits(name, task.teacher)}
+        return tuple(
+            name
+            for name, entrant in ENTRANTS.items()
+            if name != SURROGATE and not (entrant.train is None and entrant.solver in unfit)
+        )
     raising = (OURS, GROUPS_OF_8, "grpo", "ddpo", SURROGATE)
     return ("ddim+search", "output_regression", "backprop", *raising)
 
