@@ -217,7 +217,14 @@ def read_samples(
     """
     try:
         held = _read(path)
-    except (OSError, ValueError, StopIteration, SyntaxError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        StopIteration,
+        SyntaxError,
+        SafetensorError,
+    ) as error:
         raise InvalidArgumentError(
             "samples", str(path), f"pass a .npy or .safetensors file, or PNGs of a size ({error})."
         ) from error
@@ -229,6 +236,8 @@ def read_samples(
 
 
 def _read(path: Path) -> dict[str, Tensor]:
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError("it is no regular file")  # reading a pipe would wait for ever
     if path.suffix == ".npy":
         return {"samples": torch.from_numpy(np.load(path, allow_pickle=False))}
     if path.suffix == ".safetensors":
