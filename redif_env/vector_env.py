@@ -589,10 +589,22 @@ def _check_bank(bank: TeacherBank, denoiser: Denoiser) -> TeacherBank:
             "bank", f"conditions {tuple(bank.condition.shape)}", "pass a class for each task."
         )
     known = denoiser.num_classes
-    if bank.condition is not None and known is not None and int(bank.condition.max()) >= known:
-        raise InvalidArgumentError(
-            "bank",
-            f"condition {int(bank.condition.max())}",
-            f"pass a bank that was built with this teacher, which has {known}.",
-        )
+    if bank.condition is not None and known is not None:
+        if bank.condition.dtype != torch.int64:
+            raise InvalidArgumentError(
+                "bank", f"conditions of {bank.condition.dtype}", "pass classes in int64."
+            )
+        outside = bank.condition[(bank.condition < 0) | (bank.condition >= known)]
+        if len(outside):
+            raise InvalidArgumentError(
+                "bank",
+                f"condition {int(outside[0])}",
+                f"pass a bank that was built with this teacher, which has {known}.",
+            )
+    for name in ("x_T", "teacher_x_0"):
+        latents = getattr(bank, name)
+        if latents.dtype != torch.float32 or not bool(latents.isfinite().all()):
+            raise InvalidArgumentError(
+                "bank", f"{name} of {latents.dtype}", "pass finite latents in float32."
+            )
     return bank
