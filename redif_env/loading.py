@@ -449,7 +449,8 @@ def load_scheduler(folder: Path) -> SchedulerMixin:
     config = read_json(path)
     name = str(config.get("_class_name"))
     kind: Any = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
-    if not isinstance(kind, type) or not issubclass(kind, SchedulerMixin):
+    known = isinstance(kind, type) and issubclass(kind, SchedulerMixin)
+    if not known:
         raise TeacherFolderError("teacher", str(path), "name a diffusers scheduler as _class_name.")
     try:
         return kind.from_pretrained(folder / "scheduler", local_files_only=True)

@@ -43,6 +43,8 @@ LAYERS = (
     "rewards.checker",
     "rewards.decoded",
     "rewards",
+    "memory",
+    "doctor",
     "mdp",
     "vector_env",
     "env",
