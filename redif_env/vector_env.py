@@ -248,7 +248,9 @@ class ReDiFVectorEnv(VectorEnv):
         Returns:
             Observations, and `{"task": rows}`, the rows of the bank that the episodes are about.
         """
-        options = options or {}
+        options = {} if options is None else options
+        if not isinstance(options, dict):
+            raise InvalidArgumentError("options", options, "pass a dict, or None.")
         if seed is not None:
             seed = check_integer("seed", seed, 0)
             super().reset(seed=seed)
@@ -573,6 +575,12 @@ def _check_free(
 def _check_bank(bank: TeacherBank, denoiser: Denoiser) -> TeacherBank:
     if not isinstance(bank, TeacherBank):
         raise InvalidArgumentError("bank", bank, "pass a TeacherBank, such as TeacherBank.build's.")
+    for name in ("x_T", "teacher_x_0", "condition"):
+        part = getattr(bank, name)
+        if not isinstance(part, Tensor) and (name != "condition" or part is not None):
+            raise InvalidArgumentError("bank", f"{name} of {type(part).__name__}", "hold tensors.")
+    if not bank.x_T.ndim:
+        raise InvalidArgumentError("bank", "x_T without rows", "pass a bank of TeacherBank.build.")
     shape = tuple(bank.x_T.shape[1:])
     if not len(bank) or shape != denoiser.latent_shape or bank.teacher_x_0.shape != bank.x_T.shape:
         raise InvalidArgumentError(
