@@ -5,7 +5,7 @@ READY := .venv/.ready
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup distill test test-slow lint format teacher bench benchmark clean
+.PHONY: help setup distill test test-slow test-oldest audit lint format teacher bench benchmark clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -26,6 +26,16 @@ test: $(READY) ## Run the tests, except the slow ones
 test-slow: $(READY) ## Run the slow tests
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
+test-oldest: ## Run the tests with the oldest packages that pyproject allows, but for torch
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[dev]"
+	.venv-oldest/bin/python -m pytest -m "not slow" $(ARGS)
+
+audit: ## Look for known vulnerabilities in the pinned packages; fails where one is not known
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
+	.venv-audit/bin/pip-audit --strict --disable-pip --no-deps -r constraints.txt
+
 lint: $(READY) ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -45,4 +55,4 @@ benchmark: $(READY) ## Compare every few-step technique; hours, resumable (ARGS=
 	OMP_NUM_THREADS=1 $(BIN)/python examples/compare.py $(ARGS)
 
 clean: ## Remove .venv and caches; runs/ stays
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf .venv .venv-oldest .venv-audit .pytest_cache .mypy_cache .ruff_cache *.egg-info

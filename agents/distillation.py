@@ -24,7 +24,8 @@ from torch import Tensor
 from redif_env import schedules
 from redif_env.denoiser import Denoiser
 from redif_env.errors import InvalidArgumentError, check_choice, check_integer, check_number
-from redif_env.loading import BUNDLED, INDEX, load_teacher
+from redif_env.loading import BUNDLED, load_teacher
+from redif_env.prompts import INDEX
 from redif_env.rewards import Reward, make_reward
 from redif_env.teacher import Teacher, TeacherBank
 

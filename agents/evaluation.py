@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from redif_env.errors import TeacherFolderError
+from redif_env.errors import TeacherFolderError, check_integer, check_number
+from redif_env.files import check_folder, check_room, read_json
 from redif_env.teacher import TeacherBank
 
 from . import frechet
@@ -42,6 +43,9 @@ class Judge(nn.Module):
         num_halvings: int = 1,
     ) -> None:
         super().__init__()
+        for name in ("in_channels", "sample_size", "num_classes", "num_features", "num_halvings"):
+            check_integer(name, locals()[name], 1)
+        check_number("num_halvings", num_halvings, 1, 16)
         self.config = {
             "in_channels": in_channels,
             "sample_size": sample_size,
@@ -104,8 +108,16 @@ class Judge(nn.Module):
         """
         folder = Path(folder)
         try:
-            judge = cls(**json.loads((folder / "config.json").read_text()))
-            judge.load_state_dict(load_file(folder / "model.safetensors"))
+            if not folder.is_dir():
+                raise ValueError("there is no such folder")
+            check_folder(folder, "judge")
+            config = read_json(folder / "config.json", "judge")
+            state = load_file(folder / "model.safetensors")
+            check_room(lambda: cls(**config), folder)
+            judge = cls(**config)
+            judge.load_state_dict(state)
+        except TeacherFolderError:
+            raise
         except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
             raise TeacherFolderError(
                 "judge", str(folder), f"the judge could not be read ({error}); restore the folder."

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from redif_env.adapters import EDMNetwork
 from redif_env.denoiser import Denoiser
-from redif_env.errors import InvalidArgumentError
+from redif_env.errors import InvalidArgumentError, TeacherFolderError, check_number
+from redif_env.files import read_json
 from redif_env.loading import (
     AUTOENCODER_NAMES,
-    INDEX,
     METADATA,
     find_folder,
     load_denoiser,
@@ -32,6 +32,7 @@ from redif_env.loading import (
     network_name,
 )
 from redif_env.noise import FlowSchedule, VESchedule, VPSchedule
+from redif_env.prompts import INDEX, read_index
 from redif_env.schedules import explicit, min_gap
 
 from . import portable
@@ -210,14 +211,25 @@ def load_adaptive(folder: str | Path) -> AdaptivePipeline:
         TeacherFolderError: if the folder is missing, incomplete or corrupt.
     """
     folder = find_folder(folder)
-    index = json.loads((folder / INDEX).read_text())
-    return AdaptivePipeline(
-        unet=load_denoiser(folder).network,
-        scheduler=load_scheduler(folder),
-        schedule_head=PortableHead.from_pretrained(folder / "schedule_head"),
-        guidance_scale=index["guidance_scale"],
-        null_class=index["null_class"],
-    )
+    index = read_json(folder / INDEX)
+    network, scheduler = load_denoiser(folder).network, load_scheduler(folder)
+    try:
+        return AdaptivePipeline(
+            unet=network,
+            scheduler=scheduler,
+            # use_safetensors: never unpickle a file from outside.
+            schedule_head=PortableHead.from_pretrained(
+                folder / "schedule_head", local_files_only=True, use_safetensors=True
+            ),
+            guidance_scale=check_number("guidance_scale", index.get("guidance_scale")),
+            null_class=index.get("null_class"),
+        )
+    except InvalidArgumentError:
+        raise
+    except Exception as error:  # diffusers raises many kinds for a damaged folder
+        raise TeacherFolderError(
+            "folder", str(folder), f"its schedule head could not be read ({error}); restore it."
+        ) from error
 
 
 def can_export(student: Denoiser) -> bool:
@@ -300,7 +312,7 @@ def _write_folder(
     _write_json(temporary / METADATA, describe_student(student, grid))
     index: dict[str, Any] = {}
     if base is not None:
-        index = json.loads((Path(base) / INDEX).read_text())
+        index = read_index(Path(base))
         _copy_parts(Path(base), index, temporary)
     elif type(network).__name__ == "UNet2DModel":
         # The stock pipeline that keeps this scheduler; DDIMPipeline would replace it.

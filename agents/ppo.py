@@ -208,19 +208,22 @@ class ReDiFPPO(PPO):
         self.divergence_coef = check_number("divergence_coef", divergence_coef)
         self.divergence_alpha = divergence_alpha
         self.divergence_target = divergence_target
-        self.adaptive_lr = adaptive_lr
+        self.adaptive_lr = compatibility.check_flag("adaptive_lr", adaptive_lr)
         self.target_kl = target_kl
         grouped = advantage == "group"
         if stochastic_steps is None:
             stochastic_steps = "one" if grouped else "all"
         self.stochastic_steps = _check_window(stochastic_steps)
         if step_weights is not None:
+            compatibility.check_list("step_weights", step_weights)
             step_weights = [check_number("step_weights", weight) for weight in step_weights]
         self.step_weights = step_weights
         if micro_batch_size is not None:
             micro_batch_size = check_integer("micro_batch_size", micro_batch_size, 1)
         self.micro_batch_size = micro_batch_size
-        self.antithetic = grouped if antithetic is None else antithetic
+        self.antithetic = grouped
+        if antithetic is not None:
+            self.antithetic = compatibility.check_flag("antithetic", antithetic)
         self.eta = eta
         self.min_std = min_std
         if isinstance(gap_fraction, str):
@@ -260,6 +263,23 @@ class ReDiFPPO(PPO):
             n_steps = check_integer("n_steps", n_steps, 1)
         batch_size = check_integer("batch_size", batch_size, 2)
         n_epochs = check_integer("n_epochs", n_epochs, 1)
+        compatibility.check_numbers(
+            {
+                "learning_rate": learning_rate,
+                "clip_range": clip_range,
+                "eta": eta,
+                "min_std": min_std,
+                "gamma": gamma,
+                "gae_lambda": gae_lambda,
+                "ent_coef": ent_coef,
+                "vf_coef": vf_coef,
+                "max_grad_norm": max_grad_norm,
+                "target_kl": target_kl,
+                "divergence_target": divergence_target,
+                "clip_range_vf": clip_range_vf,
+            },
+            seed,
+        )
         if env is not None and not isinstance(env, str):
             env = self._wrap_env(env, verbose)
         native = env if isinstance(env, TorchVecEnv) else None

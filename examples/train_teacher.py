@@ -34,7 +34,8 @@ from redif_env.errors import (
     check_number,
     require,
 )
-from redif_env.loading import BUNDLED, INDEX, METADATA, load_teacher
+from redif_env.loading import BUNDLED, METADATA, load_teacher
+from redif_env.prompts import INDEX
 from redif_env.teacher import split_seed
 
 NORM_GROUPS = 8

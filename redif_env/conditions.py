@@ -109,11 +109,13 @@ class Conditions(nn.Module):
             InvalidArgumentError: if the file is missing or not such a table.
         """
         try:
+            if not Path(path).is_file():  # opening a pipe would wait for ever
+                raise ValueError("there is no such file")
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
             return _restore(tensors, json.loads(metadata["conditions"]))
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
             raise InvalidArgumentError(
                 "path", str(path), f"pass a file that Conditions.save wrote ({error})."
             ) from error

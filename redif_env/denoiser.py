@@ -98,6 +98,8 @@ class Denoiser(nn.Module):
             num_classes, null_class = len(conditions), conditions.null_row
             if call is call_network:
                 _check_names(network, list(conditions.tensors()))
+        if null_class is not None:
+            null_class = check_integer("null_class", null_class, 0)
         self.num_classes = num_classes
         self.null_class = null_class
         self.call = call
@@ -210,7 +212,17 @@ class Denoiser(nn.Module):
                 name: row.to(device, dtype if row.is_floating_point() else row.dtype)
                 for name, row in rows.items()
             }
-        prediction = self.call(self.network, x_t.to(device, dtype), t.to(device), told)
+        try:
+            prediction = self.call(self.network, x_t.to(device, dtype), t.to(device), told)
+        except RuntimeError as error:
+            if dtype == t.dtype or "dtype" not in str(error):
+                raise
+            # Times stay in float32: bfloat16 has no 257.
+            raise InvalidArgumentError(
+                "network",
+                f"{type(self.network).__name__} of {dtype}",
+                f"cast the times, {t.dtype}, where it joins them with its own ({error}).",
+            ) from error
         # One of another shape may broadcast, and train something else in silence.
         shape = getattr(prediction, "shape", type(prediction).__name__)
         if shape != x_t.shape:

@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 from torch import Tensor
 
-from .errors import InvalidActionError
+from .errors import InvalidActionError, check_integer
 from .vector_env import ReDiFVectorEnv
 
 Observation = dict[str, Any]
@@ -42,6 +42,8 @@ class ReDiFEnv(gym.Env[Observation, np.ndarray]):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
         """Start an episode; see `ReDiFVectorEnv.reset`."""
+        if seed is not None:
+            seed = check_integer("seed", seed, 0)
         super().reset(seed=seed)
         # All randomness follows np_random, as Gymnasium asks.
         inner = None if seed is None else int(self.np_random.integers(2**62))

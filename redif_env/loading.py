@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from .errors import (
     check_integer,
     check_number,
 )
+from .files import check_folder, check_room, read_json
 from .noise import FlowSchedule, NoiseSchedule, VESchedule, VPSchedule
 from .prompts import encode_prompts, load_prompts, read_texts
 from .solvers import KernelSolver
@@ -32,7 +32,6 @@ from .teacher import Teacher
 
 BUNDLED = {"digits": Path(__file__).parent / "assets" / "digits"}
 METADATA = "redif.json"
-INDEX = "model_index.json"
 DISTILLED_GUIDANCE = 3.5  # of Flux-dev's pipeline
 # What pipelines call the part that denoises, and the one that decodes.
 NETWORK_NAMES = ("unet", "transformer")
@@ -218,7 +217,7 @@ def load_teacher(
             not supported.
         InvalidArgumentError: for prompts or conditions that are missing or do not go with the
             network, and other arguments that make no sense.
-        MissingExtraError: for prompts without transformers, extra `text`.
+        MissingExtraError: for prompts without transformers, extra `transformers`.
     """
     parts = take_apart(source, dtype, variant, local_files_only)
     table = make_table(
@@ -426,11 +425,11 @@ def find_folder(
         variant: Of the files to download.
 
     Raises:
-        TeacherFolderError: if there is none.
+        TeacherFolderError: if there is none, or it leads out of itself, see `files.check_folder`.
     """
     folder = BUNDLED.get(str(source), Path(source))
     if folder.is_dir():
-        return folder
+        return check_folder(folder)
     names = ", ".join(map(repr, BUNDLED))
     remedy = f"pass an existing diffusers folder or one of {names}"
     if local_files_only:
@@ -438,17 +437,20 @@ def find_folder(
         raise TeacherFolderError("teacher", str(source), remedy)
     try:
         options = {"use_safetensors": True, "variant": variant}
-        return Path(DiffusionPipeline.download(str(source), **options))
+        folder = Path(DiffusionPipeline.download(str(source), **options))
     except Exception as error:  # huggingface_hub raises many kinds
         raise TeacherFolderError("teacher", str(source), f"{remedy} ({error}).") from error
+    return check_folder(folder)
 
 
 def load_scheduler(folder: Path) -> SchedulerMixin:
     """The scheduler of a diffusers folder, of the class that its config names."""
     path = folder / "scheduler" / "scheduler_config.json"
-    name = str(_read_json(path).get("_class_name"))
-    kind = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
-    if kind is None:
+    config = read_json(path)
+    name = str(config.get("_class_name"))
+    kind: Any = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
+    known = isinstance(kind, type) and issubclass(kind, SchedulerMixin)
+    if not known:
         raise TeacherFolderError("teacher", str(path), "name a diffusers scheduler as _class_name.")
     try:
         return kind.from_pretrained(folder / "scheduler", local_files_only=True)
@@ -462,10 +464,12 @@ def _load_model(
     path: Path, kinds: tuple[type, ...], dtype: torch.dtype | None, variant: str | None
 ) -> Any:
     """A diffusers model of one of `kinds`, with all of its weights and no others."""
-    kind: Any = families.find_class(_read_json(path / "config.json").get("_class_name"), kinds)
+    config = read_json(path / "config.json")
+    kind: Any = families.find_class(config.get("_class_name"), kinds)
     if kind is None:
         raise TeacherFolderError("teacher", str(path), _supported())
     try:
+        check_room(lambda: kind.from_config(config), path)
         # use_safetensors: never unpickle a file from outside.
         model, report = kind.from_pretrained(
             path,
@@ -528,16 +532,4 @@ def _size(network: Any, latent_size: int | tuple[int, ...] | None) -> tuple[int,
 
 def _read_metadata(folder: Path) -> dict[str, Any]:
     path = folder / METADATA
-    return _read_json(path) if path.exists() else {}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise TeacherFolderError(
-            "teacher", str(path), f"the file is missing or not JSON ({error}); restore the folder."
-        ) from error
-    if not isinstance(content, dict):
-        raise TeacherFolderError("teacher", str(path), "the file must hold a JSON object.")
-    return content
+    return read_json(path) if path.exists() else {}

@@ -62,6 +62,10 @@ class VPSchedule(NoiseSchedule):
     """
 
     def __init__(self, alpha_bar: Tensor) -> None:
+        if not isinstance(alpha_bar, Tensor) or not alpha_bar.numel():
+            raise InvalidArgumentError(
+                "alpha_bar", alpha_bar, "pass a tensor, one entry a timestep."
+            )
         if alpha_bar.ndim != 1:
             raise InvalidArgumentError(
                 "alpha_bar", tuple(alpha_bar.shape), "pass a 1-D tensor, one entry a timestep."

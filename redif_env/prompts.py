@@ -18,11 +18,16 @@ from torch import Tensor
 
 from .conditions import Conditions
 from .errors import InvalidArgumentError, TeacherFolderError, require
+from .files import is_plain, read_json
 from .teacher import cache_errors, cache_folder
 
 Rows: TypeAlias = dict[str, Tensor]
 Encode: TypeAlias = Callable[[Any, list[str], str | None], tuple[Rows, Rows]]
 TEXT_KEYS = ("prompt", "text", "caption")  # columns of data sets that hold prompts
+INDEX = "model_index.json"
+# What an index may name: a safety checker is of "stable_diffusion", and never loaded.
+LIBRARIES = ("diffusers", "transformers", "stable_diffusion", None)
+TEXT_CLASSES = ("CLIP", "T5")
 TEXT_NAMES = ("text_encoder", "tokenizer")  # of a pipeline's parts; further ones end in _2, _3
 TEXT_BATCH = 16  # prompts that are encoded at once
 
@@ -108,7 +113,7 @@ def _load_encoders(folder: Path, dtype: torch.dtype | None, variant: str | None)
     require("transformers", "transformers")
     left_out = {
         name: None
-        for name, value in _read_index(folder).items()
+        for name, value in read_index(folder).items()
         if isinstance(value, list) and not _is_text(name, value)
     }
     options = {} if dtype in (None, torch.float32) else {"torch_dtype": dtype}
@@ -128,19 +133,40 @@ def _load_encoders(folder: Path, dtype: torch.dtype | None, variant: str | None)
     config = folder / "transformer" / "config.json"
     if config.is_file():
         # Stable Diffusion 3 without its T5 encoder reads the width of the zeros in its place here.
-        settings = SimpleNamespace(**json.loads(config.read_text()))
+        settings = SimpleNamespace(**read_json(config))
         pipeline.transformer = SimpleNamespace(config=settings)
     return pipeline
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
-    """What a pipeline's folder says it is made of: `[library, class]` by name, and settings."""
-    try:
-        return dict(json.loads((folder / "model_index.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise TeacherFolderError(
-            "teacher", str(folder), f"prompts need a whole pipeline's folder ({error})."
-        ) from error
+def read_index(folder: Path) -> dict[str, Any]:
+    """What a pipeline's folder says it is made of: `[library, class]` by name, and settings.
+
+    diffusers imports the libraries that it names: only its own and transformers' are let through.
+
+    Raises:
+        TeacherFolderError: if the file is missing or damaged, or names something else.
+    """
+    index = read_json(folder / INDEX)
+    for name, value in index.items():
+        parts = value if isinstance(value, list) else [None]
+        known = parts[0] in LIBRARIES and all(p is None or is_name(p) for p in parts)
+        if _is_text(name, value):
+            known = parts[0] == "transformers" and str(parts[1]).startswith(TEXT_CLASSES)
+        if not known or not is_plain(name) or len(parts) > 2:
+            raise TeacherFolderError(
+                "teacher",
+                f"{folder / INDEX}: {name!r}: {value!r}",
+                "its parts must be classes of diffusers, or encoders of transformers; code of the "
+                "folder's own is not run.",
+            )
+    if isinstance(index.get("_class_name"), str) and not is_name(index["_class_name"]):
+        raise TeacherFolderError("teacher", str(folder / INDEX), "name a class as _class_name.")
+    return index
+
+
+def is_name(value: object) -> bool:
+    """Whether something can be the name of a class."""
+    return isinstance(value, str) and value.isidentifier()
 
 
 def _is_text(name: str, value: Any) -> bool:
@@ -154,7 +180,7 @@ def _key(folder: Path, settings: list[Any]) -> str:
     Raises:
         TeacherFolderError: if the folder holds no text encoder.
     """
-    parts = [folder / name for name, value in _read_index(folder).items() if _is_text(name, value)]
+    parts = [folder / name for name, value in read_index(folder).items() if _is_text(name, value)]
     missing = [part.name for part in parts if not part.is_dir()]
     if not parts or missing:
         needed = missing[0] if missing else "text encoders"
@@ -162,7 +188,7 @@ def _key(folder: Path, settings: list[Any]) -> str:
         raise TeacherFolderError("teacher", str(folder), remedy)
     files = [path for part in parts for path in sorted(part.rglob("*")) if path.is_file()]
     digest = hashlib.sha256(json.dumps(settings).encode())
-    for path in [folder / "model_index.json", *files]:
+    for path in [folder / INDEX, *files]:
         digest.update(str(path.relative_to(folder)).encode())
         with open(path, "rb") as file:
             while block := file.read(1 << 20):

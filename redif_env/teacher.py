@@ -92,7 +92,13 @@ class Teacher:
         Args:
             x_T: Initial noise, of std `schedule.initial_std`.
             condition: Classes, int64 `(N,)`, or None.
+
+        Raises:
+            InvalidArgumentError: for noise of another shape or that is not finite, and for classes
+                that are missing, of another shape or dtype, or out of range.
         """
+        _check_noise(self.denoiser, x_T)
+        _check_condition(self.denoiser, condition, len(x_T))
 
         def predict(model_input: Tensor, t: Tensor) -> Tensor:
             return self.denoiser.predict(model_input, t.float().expand(len(x_T)), condition)
@@ -126,6 +132,34 @@ class Teacher:
         if self.denoiser.conditions is not None:
             _update(digest, self.denoiser.conditions.tensors())
         return digest.hexdigest()
+
+
+def _check_noise(denoiser: Denoiser, x_T: Tensor) -> None:
+    shape = tuple(getattr(x_T, "shape", ()))
+    if not isinstance(x_T, Tensor) or not len(shape) or shape[1:] != denoiser.latent_shape:
+        raise InvalidArgumentError(
+            "x_T", shape or x_T, f"pass a tensor (N, *latent_shape), N of {denoiser.latent_shape}."
+        )
+    if not x_T.is_floating_point() or not bool(x_T.isfinite().all()):
+        raise InvalidArgumentError("x_T", x_T.dtype, "pass finite floats: denoiser.initial_noise.")
+
+
+def _check_condition(denoiser: Denoiser, condition: Tensor | None, num: int) -> None:
+    known = denoiser.num_classes
+    if (condition is None) != (known is None):
+        remedy = "leave it out: it has no classes." if known is None else f"pass {num} classes."
+        raise InvalidArgumentError("condition", condition, remedy)
+    if condition is None or known is None:
+        return
+    most = max(known - 1, denoiser.null_class or 0)
+    fits = isinstance(condition, Tensor) and condition.shape == (num,)
+    if not fits or condition.dtype not in (torch.int64, torch.int32):
+        given = f"{getattr(condition, 'dtype', '')} {tuple(getattr(condition, 'shape', ()))}"
+        raise InvalidArgumentError("condition", given, f"pass classes, int64 ({num},).")
+    if num and not bool(((condition >= 0) & (condition <= most)).all()):
+        raise InvalidArgumentError(
+            "condition", condition.tolist(), f"pass classes in [0, {most}], the last included."
+        )
 
 
 def _solve(
@@ -363,12 +397,16 @@ def _ask(
 def _read(path: Path, key: str) -> TeacherBank | None:
     """The cached bank, or None if there is none or it is truncated, corrupt or another's."""
     try:
+        if not path.is_file():  # opening a pipe would wait for ever
+            return None
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
     except (OSError, SafetensorError):
         return None
     if metadata.get("key") != key or metadata.get("digest") != _digest(tensors):
+        return None
+    if not {"x_T", "teacher_x_0"} <= tensors.keys():
         return None
     return TeacherBank(tensors["x_T"], tensors["teacher_x_0"], tensors.get("condition"))
 

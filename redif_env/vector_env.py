@@ -248,7 +248,9 @@ class ReDiFVectorEnv(VectorEnv):
         Returns:
             Observations, and `{"task": rows}`, the rows of the bank that the episodes are about.
         """
-        options = options or {}
+        options = {} if options is None else options
+        if not isinstance(options, dict):
+            raise InvalidArgumentError("options", options, "pass a dict, or None.")
         if seed is not None:
             seed = check_integer("seed", seed, 0)
             super().reset(seed=seed)
@@ -573,6 +575,12 @@ def _check_free(
 def _check_bank(bank: TeacherBank, denoiser: Denoiser) -> TeacherBank:
     if not isinstance(bank, TeacherBank):
         raise InvalidArgumentError("bank", bank, "pass a TeacherBank, such as TeacherBank.build's.")
+    for name in ("x_T", "teacher_x_0", "condition"):
+        part = getattr(bank, name)
+        if not isinstance(part, Tensor) and (name != "condition" or part is not None):
+            raise InvalidArgumentError("bank", f"{name} of {type(part).__name__}", "hold tensors.")
+    if not bank.x_T.ndim:
+        raise InvalidArgumentError("bank", "x_T without rows", "pass a bank of TeacherBank.build.")
     shape = tuple(bank.x_T.shape[1:])
     if not len(bank) or shape != denoiser.latent_shape or bank.teacher_x_0.shape != bank.x_T.shape:
         raise InvalidArgumentError(
@@ -589,10 +597,22 @@ def _check_bank(bank: TeacherBank, denoiser: Denoiser) -> TeacherBank:
             "bank", f"conditions {tuple(bank.condition.shape)}", "pass a class for each task."
         )
     known = denoiser.num_classes
-    if bank.condition is not None and known is not None and int(bank.condition.max()) >= known:
-        raise InvalidArgumentError(
-            "bank",
-            f"condition {int(bank.condition.max())}",
-            f"pass a bank that was built with this teacher, which has {known}.",
-        )
+    if bank.condition is not None and known is not None:
+        if bank.condition.dtype != torch.int64:
+            raise InvalidArgumentError(
+                "bank", f"conditions of {bank.condition.dtype}", "pass classes in int64."
+            )
+        outside = bank.condition[(bank.condition < 0) | (bank.condition >= known)]
+        if len(outside):
+            raise InvalidArgumentError(
+                "bank",
+                f"condition {int(outside[0])}",
+                f"pass a bank that was built with this teacher, which has {known}.",
+            )
+    for name in ("x_T", "teacher_x_0"):
+        latents = getattr(bank, name)
+        if latents.dtype != torch.float32 or not bool(latents.isfinite().all()):
+            raise InvalidArgumentError(
+                "bank", f"{name} of {latents.dtype}", "pass finite latents in float32."
+            )
     return bank

@@ -319,6 +319,10 @@ def _check_map(reward: Reward, reward_map: object, x_0: Tensor) -> None:
     """Rows and number of axes must be those of the samples; the resolution may differ."""
     shape = tuple(x_0.shape)
     if isinstance(reward_map, Tensor) and len(reward_map.shape) == len(shape):
+        if 0 in reward_map.shape[1:]:  # its mean would be NaN
+            raise InvalidRewardError(
+                f"reward {reward.name!r} returned", tuple(reward_map.shape), "map a place at least."
+            )
         shape = (shape[0], *reward_map.shape[1:])
     _check_tensor(reward, reward_map, shape, x_0.device)
 

@@ -155,7 +155,12 @@ def _load(kind: str, folder: str) -> Any:
     transformers = require("transformers", EXTRA)
     try:
         network, info = getattr(transformers, kind).from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+            folder,
+            local_files_only=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+            use_safetensors=True,  # never unpickle a file from outside
+            trust_remote_code=False,  # nor run code, nor ask whether to
         )
     except ImportError as error:
         raise MissingExtraError("timm", "timm") from error

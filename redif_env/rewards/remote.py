@@ -165,7 +165,7 @@ def _parse(answer: bytes, num: int, url: str) -> list[float]:
     remedy = f'the server at {url} must answer {{"scores": [{num} finite numbers]}}.'
     try:
         scores = np.asarray(json.loads(answer)["scores"], dtype=np.float64)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise RemoteAnswerError("answer", answer, remedy) from error
     if scores.shape != (num,):
         raise RemoteAnswerError("scores", f"of shape {scores.shape}", remedy)

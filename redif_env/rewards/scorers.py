@@ -183,6 +183,8 @@ def load_head(path: str | Path, num_features: int, activation: str = "none") -> 
     from safetensors.torch import load_file
 
     try:
+        if not Path(path).is_file():  # opening a pipe would wait for ever
+            raise FileNotFoundError("there is no such file")
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise InvalidArgumentError(
@@ -317,8 +319,9 @@ def _image_processor() -> Any:
 
 def _load(kind: Any, folder: str | Path) -> Any:
     try:
-        return kind.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        # use_safetensors: never unpickle a file from outside. Others than models ignore it.
+        return kind.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+    except Exception as error:  # transformers raises many kinds for a damaged folder
         raise InvalidArgumentError(
             "folder", str(folder), f"no {kind.__name__} could be read there ({error})."
         ) from error

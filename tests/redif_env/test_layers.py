@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[2]
 # From the ground up: a module imports only modules above it in this list.
 LAYERS = (
     "errors",
+    "files",
     "noise",
     "transition",
     "conditions",
@@ -42,6 +43,8 @@ LAYERS = (
     "rewards.checker",
     "rewards.decoded",
     "rewards",
+    "memory",
+    "doctor",
     "mdp",
     "vector_env",
     "env",
