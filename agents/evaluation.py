@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from redif_env.errors import TeacherFolderError, check_integer, check_number
-from redif_env.files import check_folder, check_room, read_json
 from redif_env.teacher import TeacherBank
+from redif_env.untrusted import check_folder, check_room, read_json
 
 from . import frechet
 

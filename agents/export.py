@@ -22,7 +22,6 @@ from torch import Tensor
 from redif_env.adapters import EDMNetwork
 from redif_env.denoiser import Denoiser
 from redif_env.errors import InvalidArgumentError, TeacherFolderError, check_number
-from redif_env.files import read_json
 from redif_env.loading import (
     AUTOENCODER_NAMES,
     METADATA,
@@ -34,6 +33,7 @@ from redif_env.loading import (
 from redif_env.noise import FlowSchedule, VESchedule, VPSchedule
 from redif_env.prompts import INDEX, read_index
 from redif_env.schedules import explicit, min_gap
+from redif_env.untrusted import read_json
 
 from . import portable
 from .choices import CategoricalHead, ScheduleHead

@@ -24,11 +24,11 @@ from .errors import (
     check_integer,
     check_number,
 )
-from .files import check_folder, check_room, read_json
 from .noise import FlowSchedule, NoiseSchedule, VESchedule, VPSchedule
 from .prompts import encode_prompts, load_prompts, read_texts
 from .solvers import KernelSolver
 from .teacher import Teacher
+from .untrusted import check_folder, check_room, read_json
 
 BUNDLED = {"digits": Path(__file__).parent / "assets" / "digits"}
 METADATA = "redif.json"

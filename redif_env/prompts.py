@@ -18,8 +18,8 @@ from torch import Tensor
 
 from .conditions import Conditions
 from .errors import InvalidArgumentError, TeacherFolderError, require
-from .files import is_plain, read_json
 from .teacher import cache_errors, cache_folder
+from .untrusted import is_plain, read_json
 
 Rows: TypeAlias = dict[str, Tensor]
 Encode: TypeAlias = Callable[[Any, list[str], str | None], tuple[Rows, Rows]]

@@ -21,10 +21,10 @@ from agents.inception import load_inception
 from examples.evaluate import read_samples
 from redif_env import Conditions, TeacherBank, load_teacher
 from redif_env.errors import InvalidArgumentError, ReDiFError, TeacherFolderError
-from redif_env.files import MAX_ENTRIES, check_folder, is_plain, read_json
 from redif_env.loading import BUNDLED
 from redif_env.prompts import read_index
 from redif_env.rewards.scorers import load_head
+from redif_env.untrusted import MAX_ENTRIES, check_folder, is_plain, read_json
 
 DIGITS = BUNDLED["digits"]
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -216,7 +216,7 @@ def test_the_links_of_the_hubs_cache_are_followed(tmp_path):
 
 def test_a_folder_of_everything_is_refused(monkeypatch, folder):
     assert MAX_ENTRIES > 1000
-    monkeypatch.setattr("redif_env.files.MAX_ENTRIES", 5)
+    monkeypatch.setattr("redif_env.untrusted.MAX_ENTRIES", 5)
     with pytest.raises(TeacherFolderError, match="a model's folder"):
         check_folder(folder)
 
@@ -384,6 +384,6 @@ def test_plain_names(name, plain):
 def test_json_that_is_too_large(monkeypatch, tmp_path):
     (tmp_path / "a.json").write_text('{"a": 1}')
     assert read_json(tmp_path / "a.json") == {"a": 1}
-    monkeypatch.setattr("redif_env.files.MAX_JSON", 3)
+    monkeypatch.setattr("redif_env.untrusted.MAX_JSON", 3)
     with pytest.raises(InvalidArgumentError, match="8 bytes"):
         read_json(tmp_path / "a.json")
