@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import inspect
-import json
-import os
 import platform
 import time
 from collections import Counter
@@ -24,6 +22,7 @@ from torch import Tensor
 from redif_env import schedules
 from redif_env.denoiser import Denoiser
 from redif_env.errors import InvalidArgumentError, check_choice, check_integer, check_number
+from redif_env.files import write_json
 from redif_env.loading import BUNDLED, INDEX, load_teacher
 from redif_env.rewards import Reward, make_reward
 from redif_env.teacher import Teacher, TeacherBank
@@ -512,10 +511,3 @@ def _finish_folder(
     }
     save_samples(folder / "samples.png", rows, bank.condition, teacher.codec)
     write_json(folder / "summary.json", report)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON to a temporary name and rename it, so that no reader sees half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")
-    os.replace(temporary, path)
