@@ -252,6 +252,14 @@ class TeacherBank:
     def __len__(self) -> int:
         return len(self.x_T)
 
+    def digest(self) -> str:
+        """SHA-256 of all tasks and answers, in hexadecimal digits."""
+        return _digest(self._tensors())
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {"x_T": self.x_T, "teacher_x_0": self.teacher_x_0}
+        return tensors if self.condition is None else {**tensors, "condition": self.condition}
+
     def to(self, device: str | torch.device) -> TeacherBank:
         """A copy of the bank on `device`."""
         condition = None if self.condition is None else self.condition.to(device)
@@ -374,9 +382,7 @@ def _read(path: Path, key: str) -> TeacherBank | None:
 
 
 def _write(path: Path, bank: TeacherBank, key: str) -> None:
-    tensors = {"x_T": bank.x_T, "teacher_x_0": bank.teacher_x_0}
-    if bank.condition is not None:
-        tensors["condition"] = bank.condition
+    tensors = bank._tensors()
     with replacing(path) as temporary:
         save_file(tensors, temporary, {"key": key, "digest": _digest(tensors)})
 
