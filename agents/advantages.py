@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -105,6 +107,19 @@ class TaskMeans:
         baseline = torch.where(known, self._means[rows], flat.mean(0))
         self._remember(flat, rows)
         return standardised(flat - baseline).reshape(returns.shape)
+
+    def state_dict(self) -> dict[str, Tensor] | None:
+        """The means, and how often each task was seen; None before the first."""
+        if self._means is None:
+            return None
+        return {"means": self._means, "visits": self._visits}
+
+    def load_state_dict(self, state: Mapping[str, Tensor] | None, device: torch.device) -> None:
+        """Go on from what `state_dict` returned."""
+        if state is None:
+            self._means = None
+        else:
+            self._means, self._visits = state["means"].to(device), state["visits"].to(device)
 
     def _remember(self, returns: Tensor, rows: Tensor) -> None:
         assert self._means is not None

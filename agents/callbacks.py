@@ -136,14 +136,18 @@ class ProgressBar(BaseCallback):
 
     Args:
         iterations: Length of the bar.
+        done: How many of them were done before.
     """
 
-    def __init__(self, iterations: int) -> None:
+    def __init__(self, iterations: int, done: int = 0) -> None:
         super().__init__()
         self.iterations = check_integer("iterations", iterations, 1)
+        self.done = check_integer("done", done, 0)
 
     def _on_training_start(self) -> None:
-        self.bar = tqdm(total=self.iterations, desc="distilling", unit="iteration")
+        self.bar = tqdm(
+            total=self.iterations, initial=self.done, desc="distilling", unit="iteration"
+        )
 
     def _on_rollout_end(self) -> None:
         values = self.logger.name_to_value

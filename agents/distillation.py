@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import inspect
+import itertools
 import json
-import os
 import platform
+import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ from torch import Tensor
 from redif_env import schedules
 from redif_env.denoiser import Denoiser
 from redif_env.errors import InvalidArgumentError, check_choice, check_integer, check_number
+from redif_env.files import write_json
 from redif_env.loading import BUNDLED, load_teacher
 from redif_env.prompts import INDEX
 from redif_env.rewards import Reward, make_reward
 from redif_env.teacher import Teacher, TeacherBank
 
-from . import presets, reinforcement, smaller
+from . import presets, reinforcement, resuming, smaller
 from .baselines import METHODS, OutputRegression, Result
 from .callbacks import HeldOutEvaluation, ProgressBar
 from .evaluation import JUDGE_FOLDER, Judge, compare
@@ -124,6 +126,8 @@ def distill(
     seed: int = 0,
     device: str | None = None,
     out: str | Path | None = None,
+    checkpoint_every: int | None = 10,
+    resume: bool = False,
     progress: bool = False,
     callback: BaseCallback | None = None,
 ) -> Distillation:
@@ -171,14 +175,22 @@ def distill(
         device: Where to train; default: the teacher's, or CPU.
         out: Folder of the run to write, which must not exist; None writes nothing. The student is a
             diffusers folder in it, `student/`, or `student.safetensors` for modules of one's own.
+        checkpoint_every: Iterations of PPO between two checkpoints in `out/checkpoints`, of which
+            the last two and the best are kept; None writes none. With them, SIGTERM and SIGINT
+            finish and save the iteration in progress, and exit with 128 + the signal's number.
+        resume: Whether to go on with the run in `out`, from its last whole checkpoint, see
+            `docs/checkpoints.md`; all arguments but `checkpoint_every` and `progress` must be the
+            same. A callback of one's own starts anew.
         progress: Show progress bars.
         callback: A further Stable-Baselines3 callback.
 
     Raises:
         InvalidArgumentError: for an argument that makes no sense, before anything is written.
+        RunFolderError: with `resume`, for a folder of another run, or one that is in use.
+        Interrupted: a `SystemExit`, after a signal.
     """
     arguments = {name: value for name, value in locals().items() if name != "callback"}
-    started = time.monotonic()
+    started = {"seconds": time.monotonic()}
     iterations = check_integer("iterations", iterations, 1)
     num_held_out = check_integer("num_held_out", num_held_out, 100)
     num_steps = check_integer("num_steps", num_steps, 1)
@@ -189,7 +201,9 @@ def distill(
     if method != PPO:
         _refuse_ppo_arguments(method, {**arguments, "callback": callback})
     recipe = presets.preset(preset)
-    folder = _check_out(out)
+    if checkpoint_every is not None:
+        checkpoint_every = check_integer("checkpoint_every", checkpoint_every, 1)
+    folder = _check_out(out, resume)
     reward = make_reward(reward)
     teacher = _as_teacher(teacher, device)
     description = None if student is None else smaller.describe_smaller(teacher, student)
@@ -228,6 +242,9 @@ def distill(
     rate = check_number("learning_rate", agent_options["learning_rate"])
     agent_options["learning_rate"] = LinearSchedule(rate, 0.0 if recipe["decay"] else rate, 1.0)
     eval_every = check_integer("eval_every", eval_every, 1)
+    config = _config({**arguments, **used}, teacher, callback)
+    if folder is not None and resume:
+        resuming.check_same(folder, config)
     # Everything is made once on the uniform grid, so that bad options meet their errors before the
     # teacher is asked and the grid is searched.
     reinforcement.make_model(teacher, num_envs, uniform, learned, None, env_options, agent_options)
@@ -238,93 +255,97 @@ def distill(
     model = reinforcement.make_model(
         teacher, num_envs, timesteps, learned, banks.train, env_options, agent_options
     )
-    if folder is not None:
-        _start_folder(folder, {**arguments, **used}, timesteps)
-    training_started = time.monotonic()
-    start = teacher.denoiser
-    if description is not None:
-        start = smaller.make_smaller(teacher, description)
-    spent: Counter[str] = Counter()
-    if warm_up:
-        warmed = OutputRegression.train(
-            teacher,
-            banks.train,
-            timesteps,
-            start=start,
-            iterations=warm_up,
-            seed=seed,
-            **smaller.warm_up_options(num_steps),
-        )
-        start, spent["warm_up"] = warmed.student, warmed.ledger.total
-    began_at = timesteps
-    agent: ReDiFPPO | None = None
-    if method == PPO:
-        agent = model
-        policy: Any = agent.policy
-        policy.load_student(start.network.state_dict())
-        logs = ["tensorboard"] if folder else []
-        agent.set_logger(configure(str(folder) if folder else None, logs))
-        held_out = HeldOutEvaluation(banks.validation, eval_every)
-        callbacks: list[BaseCallback] = [held_out]
-        callbacks += [ProgressBar(iterations)] if progress else []
-        callbacks += [callback] if callback else []
-        agent.learn(iterations * num_envs * num_steps, callback=callbacks)
-        distilled, history = agent.student(), held_out.history
-        if learned:
-            timesteps = policy.schedule_head.grid()
-        spent.update(reinforcement.spent(agent, iterations * num_envs))
-    else:
-        rounds = _Rounds(iterations, num_envs, used["batch_size"], eval_every)
-        result, history = rounds.train(
-            method,
-            teacher,
-            banks,
-            timesteps,
-            start=start,
-            learning_rate=rate,
-            ema_decay=used["ema_decay"],
-            guidance_scale=guidance_scale,
-            seed=seed,
-            **({"reward": reward} if method in WITH_REWARD else {}),
-        )
-        distilled = result.student
-        spent.update(result.ledger.evaluations)
-    rivals: dict[str, tuple[Denoiser, Tensor]] = {
-        "student": (distilled, timesteps),
-        "ddim": (teacher.denoiser, uniform),
-        "ddim_searched": (teacher.denoiser, searched),
-    }
-    if warm_up:
-        rivals["warm_up"] = (start, began_at)
-    samples = {name: _sample(*rival, banks.test) for name, rival in rivals.items()}
-    ledger = _ledger(teacher, banks, search_evaluations if given is None else 0, spent)
-    report = {
-        "method": method,
-        "num_steps": num_steps,
-        "nfe": num_steps * distilled.nfe,
-        "parameters": {
-            "teacher": smaller.count_parameters(teacher.denoiser.network),
-            "student": smaller.count_parameters(distilled.network),
-        },
-        "flops": {  # of one prediction
-            "teacher": smaller.count_flops(teacher.denoiser),
-            "student": smaller.count_flops(distilled),
-        },
-        "timesteps": [float(t) for t in timesteps[:-1]],
-        "seed": seed,
-        "trajectories": iterations * num_envs,
-        "network_evaluations": sum(ledger.values()),
-        "ledger": ledger,
-        "held_out": _judge(teacher, banks, samples),
-        "history": history,
-        "training_seconds": round(time.monotonic() - training_started, 1),
-        "seconds": round(time.monotonic() - started, 1),
-        "versions": versions(),
-        "hardware": f"{platform.machine()}, {teacher.device}, {torch.get_num_threads()} threads",
-    }
-    if folder is not None:
-        _finish_folder(folder, report, distilled, timesteps, teacher, banks.test, samples)
-    return Distillation(distilled, timesteps, report, agent)
+    config["timesteps"] = timesteps.tolist()
+    with resuming.claimed(folder, config, resume):
+        started["training_seconds"] = time.monotonic()
+        start = teacher.denoiser
+        if description is not None:
+            start = smaller.make_smaller(teacher, description)
+        spent: Counter[str] = Counter()
+        if warm_up:
+            options = {"iterations": warm_up, "seed": seed, **smaller.warm_up_options(num_steps)}
+            start, spent["warm_up"] = resuming.warm_up(
+                lambda: OutputRegression.train(
+                    teacher, banks.train, timesteps, start=start, **options
+                ),
+                start,
+                folder,
+            )
+        began_at = timesteps
+        agent: ReDiFPPO | None = None
+        if method == PPO:
+            agent = model
+            policy: Any = agent.policy
+            policy.load_student(start.network.state_dict())
+            logs = ["tensorboard"] if folder else []
+            agent.set_logger(configure(str(folder) if folder else None, logs))
+            held_out = HeldOutEvaluation(banks.validation, eval_every)
+            code = {**versions(), "source": resuming.source_digest(), "bank": banks.train.digest()}
+            about = {"config": config, "code": code}
+            with resuming.saving(
+                agent, held_out, folder, checkpoint_every, resume, started, about
+            ) as (callbacks, resumed):
+                callbacks += [held_out]
+                callbacks += [ProgressBar(iterations, agent.rollouts)] if progress else []
+                callbacks += [callback] if callback else []
+                remaining = iterations * num_envs * num_steps - agent.num_timesteps
+                agent.learn(remaining, callback=callbacks, reset_num_timesteps=not resumed)
+            distilled, history = agent.student(), held_out.history
+            if learned:
+                timesteps = policy.schedule_head.grid()
+            spent.update(reinforcement.spent(agent, iterations * num_envs))
+        else:
+            rounds = _Rounds(iterations, num_envs, used["batch_size"], eval_every)
+            result, history = rounds.train(
+                method,
+                teacher,
+                banks,
+                timesteps,
+                start=start,
+                learning_rate=rate,
+                ema_decay=used["ema_decay"],
+                guidance_scale=guidance_scale,
+                seed=seed,
+                **({"reward": reward} if method in WITH_REWARD else {}),
+            )
+            distilled = result.student
+            spent.update(result.ledger.evaluations)
+        rivals: dict[str, tuple[Denoiser, Tensor]] = {
+            "student": (distilled, timesteps),
+            "ddim": (teacher.denoiser, uniform),
+            "ddim_searched": (teacher.denoiser, searched),
+        }
+        if warm_up:
+            rivals["warm_up"] = (start, began_at)
+        samples = {name: _sample(*rival, banks.test) for name, rival in rivals.items()}
+        ledger = _ledger(teacher, banks, search_evaluations if given is None else 0, spent)
+        threads = torch.get_num_threads()
+        report = {
+            "method": method,
+            "num_steps": num_steps,
+            "nfe": num_steps * distilled.nfe,
+            "parameters": {
+                "teacher": smaller.count_parameters(teacher.denoiser.network),
+                "student": smaller.count_parameters(distilled.network),
+            },
+            "flops": {  # of one prediction
+                "teacher": smaller.count_flops(teacher.denoiser),
+                "student": smaller.count_flops(distilled),
+            },
+            "timesteps": [float(t) for t in timesteps[:-1]],
+            "seed": seed,
+            "trajectories": iterations * num_envs,
+            "network_evaluations": sum(ledger.values()),
+            "ledger": ledger,
+            "held_out": _judge(teacher, banks, samples),
+            "history": history,
+            **{name: round(time.monotonic() - since, 1) for name, since in started.items()},
+            "versions": versions(),
+            "hardware": f"{platform.machine()}, {teacher.device}, {threads} threads",
+        }
+        if folder is not None:
+            _finish_folder(folder, report, distilled, timesteps, teacher, banks.test, samples)
+        return Distillation(distilled, timesteps, report, agent)
 
 
 def find_judge(teacher: Teacher) -> Judge | None:
@@ -350,17 +371,29 @@ def versions() -> dict[str, str]:
 
 def next_free(folder: Path) -> Path:
     """`folder`, or `folder-2`, `folder-3`, ... if it exists."""
-    number, free = 1, folder
-    while free.exists():
-        number += 1
-        free = folder.with_name(f"{folder.name}-{number}")
-    return free
+    return next(each for each in _numbered(folder) if not each.exists())
 
 
-def _check_out(out: str | Path | None) -> Path | None:
+def last_taken(folder: Path) -> Path:
+    """The one of these before the next free one; `folder` if there is none."""
+    taken = itertools.takewhile(Path.exists, _numbered(folder))
+    return [folder, *taken][-1]
+
+
+def _numbered(folder: Path) -> Iterator[Path]:
+    yield folder
+    for number in itertools.count(2):
+        yield folder.with_name(f"{folder.name}-{number}")
+
+
+def _check_out(out: str | Path | None, resume: bool) -> Path | None:
     if out is None:
+        if resume:
+            raise InvalidArgumentError("resume", True, "pass out, the folder of the run.")
         return None
-    if Path(out).exists():
+    if resume and not Path(out).is_dir():
+        raise resuming.RunFolderError("out", str(out), "it is no folder: leave out resume.")
+    if not resume and Path(out).exists():
         raise InvalidArgumentError("out", str(out), "it exists; choose another name or remove it.")
     return Path(out)
 
@@ -478,17 +511,20 @@ class _Rounds:
         return result, history
 
 
-def _start_folder(folder: Path, arguments: dict[str, Any], timesteps: Tensor) -> None:
-    folder.mkdir(parents=True)
-    teacher, reward = arguments["teacher"], arguments["reward"]
+def _config(
+    arguments: dict[str, Any], teacher: Teacher, callback: BaseCallback | None
+) -> dict[str, Any]:
+    """What is written of a run, and compared when it is resumed; as JSON gives it back."""
+    given, reward = arguments["teacher"], arguments["reward"]
     named = {
-        "teacher": teacher.source if isinstance(teacher, Teacher) else str(teacher),
+        "teacher": given.source if isinstance(given, Teacher) else str(given),
+        "teacher_fingerprint": teacher.fingerprint(),
+        "device": teacher.device.type,
         "reward": make_reward(reward).name,
-        "timesteps": timesteps.tolist(),
+        "callback": None if callback is None else type(callback).__name__,
         "versions": versions(),
     }
-    config = {**arguments, **named}
-    write_json(folder / "config.json", config)
+    return json.loads(json.dumps({**arguments, **named}, default=str))
 
 
 def _finish_folder(
@@ -501,6 +537,7 @@ def _finish_folder(
     samples: dict[str, Tensor],
 ) -> None:
     if can_export(student):
+        shutil.rmtree(folder / "student", ignore_errors=True)  # of a run that was resumed
         export_student(
             student, timesteps, teacher.make_solver().config, folder / "student", find_base(teacher)
         )
@@ -514,10 +551,3 @@ def _finish_folder(
     }
     save_samples(folder / "samples.png", rows, bank.condition, teacher.codec)
     write_json(folder / "summary.json", report)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON to a temporary name and rename it, so that no reader sees half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2, default=str) + "\n")
-    os.replace(temporary, path)

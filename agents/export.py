@@ -22,6 +22,7 @@ from torch import Tensor
 from redif_env.adapters import EDMNetwork
 from redif_env.denoiser import Denoiser
 from redif_env.errors import InvalidArgumentError, TeacherFolderError, check_number
+from redif_env.files import replacing
 from redif_env.loading import (
     AUTOENCODER_NAMES,
     METADATA,
@@ -260,13 +261,9 @@ def _appearing(folder: Path) -> Iterator[Path]:
     """A temporary folder that gets its name once it is complete."""
     if folder.exists():
         raise InvalidArgumentError("folder", str(folder), "it exists; choose another name.")
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(folder) as temporary:
         yield temporary
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_adaptive(

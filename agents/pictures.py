@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from redif_env.codec import Codec
+from redif_env.files import replacing
 from redif_env.rendering import pixels, to_rgb
 
 NUM_COLUMNS = 10
@@ -43,9 +44,8 @@ def save_samples(
             axis.set_xticks([])
             axis.set_yticks([])
         row[0].set_ylabel(label, rotation=0, ha="right", va="center")
-    temporary = Path(path).with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=120)
-    temporary.replace(path)
+    with replacing(Path(path)) as temporary:
+        figure.savefig(temporary, dpi=120)
 
 
 def _columns(num: int, condition: Tensor | None) -> list[int]:

@@ -458,8 +458,8 @@ class ReDiFPPO(PPO):
         self.policy.set_training_mode(False)
         self._set_exploration()
         rollout_buffer.reset()
+        callback.on_rollout_start()  # first: what it saves holds nothing of this rollout
         self._divide_rows(rollout_buffer)
-        callback.on_rollout_start()
         statistics = EpisodeStatistics()
         bounds = self._action_bounds(env.device)
         running: Tensor | None = None

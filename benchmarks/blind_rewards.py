@@ -24,11 +24,12 @@ from torch.nn import functional as F
 
 from agents import ReDiFPPO, presets
 from agents.callbacks import IterationCallback
-from agents.distillation import find_judge, write_json
+from agents.distillation import find_judge
 from agents.evaluation import Judge, label_agreement
 from examples.image_data import ImageData, load_images
 from redif_env import MSE, ReDiFVectorEnv, Reward, Teacher, TeacherBank, load_teacher, schedules
 from redif_env.errors import check_choice, require
+from redif_env.files import write_json
 from redif_env.rewards import CompressedSize, Label
 
 # A classifier of all 1,257 training images agrees with 99 % of the samples from the start.

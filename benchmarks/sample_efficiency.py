@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,10 @@ from stable_baselines3.common.logger import configure
 from agents import reinforcement
 from agents.baselines import Backprop
 from agents.callbacks import IterationCallback
-from agents.distillation import write_json
 from redif_env import MSE, Teacher, TeacherBank, load_teacher, schedules
 from redif_env.denoiser import Denoiser
 from redif_env.errors import require
+from redif_env.files import replacing, write_json
 
 LEVELS = (50, 20, 10)
 BACKPROP = "backprop"
@@ -380,9 +379,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set_yticks([10, 15, 20, 30, 50, 100], labels=["10", "15", "20", "30", "50", "100"])
     figure.axes[0].set_ylabel("held-out paired MSE, % of uniform DDIM")
     figure.axes[-1].legend(fontsize=8)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, dpi=110, format="png")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110)
 
 
 def main(args: Args) -> list[dict[str, Any]]:

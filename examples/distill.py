@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from agents import distill
-from agents.distillation import next_free
+from agents.distillation import last_taken, next_free
 from redif_env.errors import require
 
 
@@ -64,6 +64,10 @@ class Args:
     """Device, such as cpu or cuda."""
     out: Path | None = None
     """Folder of the run, which must not exist; default runs/TEACHER-STEPS-steps-seed-SEED."""
+    checkpoint_every: int | None = 10
+    """Iterations between two checkpoints in the folder; None writes none."""
+    resume: bool = False
+    """Go on with the run in out (default: the last of that name) with the same options."""
 
 
 def main(args: Args) -> dict[str, Any]:
@@ -71,7 +75,8 @@ def main(args: Args) -> dict[str, Any]:
     options = dataclasses.asdict(args)
     if args.out is None:
         name = f"{Path(args.teacher).name}-{args.num_steps}-steps-seed-{args.seed}"
-        options["out"] = next_free(Path("runs") / name)
+        choose = last_taken if args.resume else next_free
+        options["out"] = choose(Path("runs") / name)
     options["schedule"] = parse_schedule(args.schedule)
     report = distill(**options, progress=True).report
     print(table(report))

@@ -19,12 +19,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from agents.comparison import Features, Method, Yardstick, evaluate
-from agents.distillation import REFERENCE_SEED, find_judge, versions, write_json
+from agents.distillation import REFERENCE_SEED, find_judge, versions
 from agents.evaluation import Judge
 from agents.export import load_adaptive
 from agents.inception import load_inception
 from redif_env import schedules
 from redif_env.errors import InvalidArgumentError, check_integer, require
+from redif_env.files import write_json
 from redif_env.loading import METADATA, find_folder, load_denoiser, load_teacher
 from redif_env.rendering import pixels
 from redif_env.teacher import Teacher, TeacherBank

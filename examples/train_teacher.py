@@ -34,6 +34,7 @@ from redif_env.errors import (
     check_number,
     require,
 )
+from redif_env.files import replacing
 from redif_env.loading import BUNDLED, METADATA, load_teacher
 from redif_env.prompts import INDEX
 from redif_env.teacher import split_seed
@@ -273,9 +274,8 @@ def make_recipe(args: Args, data: ImageData) -> dict[str, Any]:
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     """Write a checkpoint; a run that is killed while it writes leaves the one before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save(checkpoint, temporary)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        torch.save(checkpoint, temporary)
 
 
 def load_checkpoint(path: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from .conditions import Conditions
 from .errors import InvalidArgumentError, TeacherFolderError, require
+from .files import replacing
 from .teacher import cache_errors, cache_folder
 from .untrusted import is_plain, read_json
 
@@ -98,13 +97,8 @@ def load_prompts(
     conditions = encode_prompts(pipeline, texts, negative).to("cpu")
     with cache_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        os.close(handle)
-        try:
+        with replacing(path) as temporary:
             conditions.save(temporary)
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
     return conditions
 
 

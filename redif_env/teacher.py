@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from .code_key import own_code
 from .codec import Codec
 from .denoiser import Denoiser
 from .errors import CacheError, InvalidArgumentError, check_choice, check_integer
+from .files import replacing
 from .noise import NoiseSchedule, VPSchedule
 
 # Independent streams of noise: each split adds its own constant to the seed's hash.
@@ -286,6 +286,14 @@ class TeacherBank:
     def __len__(self) -> int:
         return len(self.x_T)
 
+    def digest(self) -> str:
+        """SHA-256 of all tasks and answers, in hexadecimal digits."""
+        return _digest(self._tensors())
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {"x_T": self.x_T, "teacher_x_0": self.teacher_x_0}
+        return tensors if self.condition is None else {**tensors, "condition": self.condition}
+
     def to(self, device: str | torch.device) -> TeacherBank:
         """A copy of the bank on `device`."""
         condition = None if self.condition is None else self.condition.to(device)
@@ -412,16 +420,9 @@ def _read(path: Path, key: str) -> TeacherBank | None:
 
 
 def _write(path: Path, bank: TeacherBank, key: str) -> None:
-    tensors = {"x_T": bank.x_T, "teacher_x_0": bank.teacher_x_0}
-    if bank.condition is not None:
-        tensors["condition"] = bank.condition
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    os.close(handle)
-    try:
+    tensors = bank._tensors()
+    with replacing(path) as temporary:
         save_file(tensors, temporary, {"key": key, "digest": _digest(tensors)})
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -266,8 +266,7 @@ class ReDiFVectorEnv(VectorEnv):
         state = mdp.initial(self.process, self.bank, tasks)
         self._state = state if start is None else dataclasses.replace(state, t=start)
         self._step_count = 0
-        self._bad_action = torch.zeros(2, dtype=torch.bool, device=self.device)
-        self._bad_reward = torch.zeros((), dtype=torch.bool, device=self.device)
+        self._clear_flags()
         return mdp.observation(self.process, self._state), {"task": tasks.clone()}
 
     def step(
@@ -309,6 +308,38 @@ class ReDiFVectorEnv(VectorEnv):
         observations = mdp.observation(self.process, self._state)
         return observations, rewards, terminations, truncations, infos
 
+    def state_dict(self) -> dict[str, Any]:
+        """Where every episode is and which tasks follow, for `load_state_dict`.
+
+        Tensors are the environment's own, not copies. The reward's state is not among them.
+
+        Raises:
+            gymnasium.error.ResetNeeded: before the first `reset`.
+        """
+        fields = dataclasses.fields(self.state)
+        return {
+            "state": {field.name: getattr(self.state, field.name) for field in fields},
+            "tasks": self._tasks,
+            "episodes": self._episodes,
+            "seed": self._seed,
+            "step_count": self._step_count,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned, in an environment made with the same arguments.
+
+        In place of `reset`; the bank must hold the same tasks.
+        """
+        tensors: dict[str, Any] = {
+            name: None if value is None else value.to(self.device)
+            for name, value in state["state"].items()
+        }
+        self._state = mdp.EnvState(**tensors)
+        self._tasks = state["tasks"].to(self.device)
+        self._episodes = state["episodes"].to(self.device)
+        self._seed, self._step_count = state["seed"], state["step_count"]
+        self._clear_flags()
+
     def render(self) -> tuple[np.ndarray, ...] | None:
         """A picture a row: latent, predicted data, teacher's answer; uint8 `(height, width, 3)`."""
         if self.render_mode is None:
@@ -323,6 +354,10 @@ class ReDiFVectorEnv(VectorEnv):
         x0_pred = torch.where(expand(state.t <= 0, state.x_t), state.x_t, x0_pred)
         panels = state.x_t, x0_pred, state.teacher_x_0
         return rendering.frames(*(rendering.pixels(x, self.teacher.codec) for x in panels))
+
+    def _clear_flags(self) -> None:
+        self._bad_action = torch.zeros(2, dtype=torch.bool, device=self.device)
+        self._bad_reward = torch.zeros((), dtype=torch.bool, device=self.device)
 
     def _advance(self, state: mdp.EnvState, action: Tensor) -> mdp.EnvState:
         """The state after one step; what a checked action means is decided here alone."""
@@ -433,8 +468,7 @@ class ReDiFVectorEnv(VectorEnv):
     def _raise_flags(self) -> None:
         bad, outside, reward = (bool(flag) for flag in (*self._bad_action, self._bad_reward))
         if bad or outside or reward:
-            self._bad_action = torch.zeros_like(self._bad_action)
-            self._bad_reward = torch.zeros_like(self._bad_reward)
+            self._clear_flags()
         if bad:
             raise InvalidActionError(
                 "actions", "NaN or infinity", "pass finite values; lower the learning rate."

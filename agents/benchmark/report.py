@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from redif_env.files import replacing, write_json, write_text
+
 from ..comparison import Method, evaluate
-from ..distillation import write_json
 from ..pictures import save_samples
 from .entrants import ENTRANTS, GROUPS_OF_8, OURS
 from .runs import Run, Runs
@@ -67,7 +67,7 @@ def report(runs: Runs, planned: Sequence[Run], folder: Path) -> str:
     _draw_quality(compared, folder / f"{name}-nfe.png")
     _draw_cost(runs.read(), compared, folder / f"{name}-cost.png")
     text = "\n\n".join([_opening(runs, compared), overview(compared), *sections]) + "\n"
-    _write_text(folder / f"{name}.md", text)
+    write_text(folder / f"{name}.md", text)
     return text
 
 
@@ -328,12 +328,5 @@ def _style(name: str) -> dict[str, Any]:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, dpi=110, format="png")
-    os.replace(temporary, path)
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from redif_env import schedules
 from redif_env.errors import check_choice
+from redif_env.files import replacing, write_text
 
 from ..baselines import Ledger, Result
 from ..comparison import measure
@@ -143,7 +143,7 @@ class Runs:
         with FileLock(f"{path}.lock"):
             if not path.exists():
                 grid, spent = self.task.search("ddim", num_steps)
-                _write(path, json.dumps({"grid": grid.tolist(), "spent": spent}))
+                write_text(path, json.dumps({"grid": grid.tolist(), "spent": spent}))
         found = json.loads(path.read_text())
         return schedules.explicit(found["grid"], self.task.teacher.denoiser.schedule), found[
             "spent"
@@ -163,13 +163,12 @@ class Runs:
         samples = result.sample(task.test.x_T, task.test.condition).detach().contiguous()
         line = self._line(run, result, samples)
         path = self._samples(run)
-        temporary = path.with_name(path.name + ".tmp")
-        save_file({SAMPLES: samples.cpu()}, temporary)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            save_file({SAMPLES: samples.cpu()}, temporary)
         self.lines.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{self.lines}.lock"):
             kept = [other for other in self.read() if not _same(other, line)]
-            _write(self.lines, "".join(json.dumps(each) + "\n" for each in (*kept, line)))
+            write_text(self.lines, "".join(json.dumps(each) + "\n" for each in (*kept, line)))
         return line
 
     def _line(self, run: Run, result: Result, samples: Tensor) -> dict[str, Any]:
@@ -213,9 +212,3 @@ def _thinned(history: list[dict[str, float]], num: int = 20) -> list[dict[str, f
     """Some entries, evenly spread, the last one too."""
     every = max(len(history) // num, 1)
     return history[::-1][::every][::-1]
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)

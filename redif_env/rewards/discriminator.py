@@ -172,6 +172,7 @@ class Discriminator(OnlineReward):
             "optimizer": _host(self.optimizer.state_dict()),
             "generator": self.generator.get_state(),
             "updates": self.updates,
+            "network_evaluations": self.network_evaluations,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -179,6 +180,7 @@ class Discriminator(OnlineReward):
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"].cpu())
         self.updates = state["updates"]
+        self.network_evaluations = state.get("network_evaluations", 0)  # older states have none
 
     def _step(self, student: Tensor, teacher: Tensor, condition: Tensor | None) -> Tensor:
         """One gradient step; loss, accuracy and R1 before it, `(3,)`."""

@@ -14,7 +14,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agents import distill, distillation
-from agents.distillation import find_judge, next_free, versions, write_json
+from agents.distillation import find_judge, last_taken, next_free, versions
 from agents.evaluation import compare
 from redif_env import Denoiser, KernelSolver, schedules
 from redif_env.errors import InvalidArgumentError, TeacherFolderError
@@ -136,7 +136,8 @@ def test_no_task_is_in_two_splits():
 def test_the_folder_holds_the_whole_run(run):
     _, out = run
     names = {path.name for path in out.iterdir() if "tfevents" not in path.name}
-    assert names == {"config.json", "summary.json", "samples.png", "student"}
+    files = {"config.json", "summary.json", "samples.png", ".lock"}
+    assert names == {*files, "student", "checkpoints"}
     assert len([path for path in out.iterdir() if "tfevents" in path.name]) == 1
     student = {path.name for path in (out / "student").iterdir()}
     assert student == {"model_index.json", "unet", "scheduler", "redif.json", "README.md"}
@@ -348,6 +349,8 @@ def test_next_free_names_the_first_folder_that_does_not_exist(tmp_path):
     (tmp_path / "run-2").mkdir()
     (tmp_path / "run-4").mkdir()
     assert next_free(tmp_path / "run") == tmp_path / "run-3"
+    assert last_taken(tmp_path / "run") == tmp_path / "run-2"
+    assert last_taken(tmp_path / "none") == tmp_path / "none"
 
 
 def test_a_judge_is_found_beside_the_teacher_or_not_at_all(tmp_path, run):
@@ -355,19 +358,6 @@ def test_a_judge_is_found_beside_the_teacher_or_not_at_all(tmp_path, run):
     assert find_judge(load_teacher(run[1] / "student", num_steps=5)) is None
     nameless = Teacher(new_teacher().denoiser, new_teacher().make_solver, num_steps=5)
     assert find_judge(nameless) is None
-
-
-def test_write_json_replaces_the_file_as_a_whole(tmp_path):
-    path = tmp_path / "summary.json"
-    write_json(path, {"a": 1})
-    write_json(path, {"b": path})
-    assert json.loads(path.read_text()) == {"b": str(path)}
-    circle: dict = {}
-    circle["self"] = circle
-    with pytest.raises(ValueError, match="Circular"):
-        write_json(path, circle)
-    assert json.loads(path.read_text()) == {"b": str(path)}
-    assert [file.name for file in tmp_path.iterdir()] == ["summary.json"]
 
 
 def test_learned_times_start_at_the_searched_grid_and_are_exported(tmp_path):
