@@ -338,6 +338,7 @@ class ReDiFPPO(PPO):
             raise
         if isinstance(self.rollout_buffer, TorchRolloutBuffer) and self.trains_student:
             self.rollout_buffer.group_size = self.rollout_buffer_kwargs["group_size"]
+            self.rollout_buffer.action_bound = self.rollout_buffer_kwargs["action_bound"]
             self.rollout_buffer.forget_tasks(self.rollout_buffer_kwargs["num_tasks"])
 
     def _configure(self) -> None:
@@ -373,9 +374,10 @@ class ReDiFPPO(PPO):
             **self.rollout_buffer_kwargs,
         }
         if self.trains_student:
-            self._configure_student(env.env.unwrapped)
+            self._configure_student(env.env)
 
-    def _configure_student(self, base: Any) -> None:
+    def _configure_student(self, env: VectorEnv) -> None:
+        base: Any = env.unwrapped
         defaults: dict[str, Any] = {
             "critic": self.advantage == "gae",
             "critic_map": self.credit == "local",
@@ -401,6 +403,9 @@ class ReDiFPPO(PPO):
             compatibility.check_episodes(self, base.group_size, base.max_steps, base.process.reward)
             # With a free schedule rows of a group may differ in their times.
             self.rollout_buffer_kwargs["shares_states"] = self.window == 1 and not free
+            # The next latent is the action itself, unless somebody's wrapper changes it.
+            plain = not free and type(env) is ReDiFVectorEnv
+            self.rollout_buffer_kwargs["action_bound"] = base.action_bound if plain else None
             self.rollout_buffer_kwargs.update(
                 group_size=base.group_size, episode_length=base.max_steps, num_tasks=base.num_tasks
             )
