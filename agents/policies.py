@@ -367,6 +367,21 @@ class StudentPolicy(ActorCriticPolicy):
             if denoiser is not None:
                 denoiser.batch_size = batch_size
 
+    @property
+    def network_evaluations(self) -> tuple[int, ...]:
+        """Of the student and, if there is one, of the reference; see `Denoiser`."""
+        return tuple(denoiser.network_evaluations for denoiser in self._acting())
+
+    @network_evaluations.setter
+    def network_evaluations(self, counts: tuple[int, ...]) -> None:
+        for denoiser, count in zip(self._acting(), counts, strict=True):
+            denoiser.network_evaluations = count
+
+    def _acting(self) -> list[Denoiser]:
+        """The denoisers that rollouts and updates ask."""
+        reference = self.reference_denoiser
+        return [self.denoiser] if reference is None else [self.denoiser, reference]
+
     def values(self, obs: Mapping[str, Tensor]) -> Tensor:
         """The critic's values, float32 `(N,)`, or maps of them `(N, A)`; zeros without one."""
         if self.value_critic is None:
