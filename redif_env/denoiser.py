@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 from collections.abc import Callable, Sequence
@@ -54,6 +55,8 @@ class Denoiser(nn.Module):
     Attributes:
         num_classes: Number of conditions: of classes, or of the table's rows.
         null_class: The class, or the table's row, that stands for "no condition".
+        autocast: The dtype that the network computes in where torch's autocast finds that safe,
+            such as `torch.bfloat16`; weights, latents and predictions stay as they are. None: off.
         network_evaluations: Rows sent through the network since construction, guidance included.
 
     Raises:
@@ -104,6 +107,7 @@ class Denoiser(nn.Module):
         self.batch_size = None
         if batch_size is not None:
             self.batch_size = check_integer("batch_size", batch_size, 1)
+        self.autocast: torch.dtype | None = None
         self.network_evaluations = 0
         self.set_guidance(guidance_scale, guidance_rescale)
         end = torch.tensor([schedule.max_timestep], device=self.device)
@@ -200,6 +204,11 @@ class Denoiser(nn.Module):
         tensors = itertools.chain(self.network.parameters(), self.network.buffers())
         return next((tensor.device for tensor in tensors), None)
 
+    def _precision(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, self.autocast)
+
     def _call(self, x_t: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
         """The network's prediction in its own dtype and on its own device, returned as `x_t`'s."""
         device, dtype = self._device() or x_t.device, self.dtype or x_t.dtype
@@ -210,7 +219,8 @@ class Denoiser(nn.Module):
                 name: row.to(device, dtype if row.is_floating_point() else row.dtype)
                 for name, row in rows.items()
             }
-        prediction = self.call(self.network, x_t.to(device, dtype), t.to(device), told)
+        with self._precision(device):
+            prediction = self.call(self.network, x_t.to(device, dtype), t.to(device), told)
         # One of another shape may broadcast, and train something else in silence.
         shape = getattr(prediction, "shape", type(prediction).__name__)
         if shape != x_t.shape:
