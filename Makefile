@@ -48,8 +48,8 @@ format: $(READY) ## Bring the code into style
 teacher: $(READY) ## Retrain the bundled teacher (under ten minutes on two cores)
 	$(BIN)/python examples/train_teacher.py $(ARGS)
 
-bench: $(READY) ## Measure rollout and update against the bare network
-	$(BIN)/python benchmarks/overhead.py $(ARGS)
+bench: $(READY) ## Measure time, memory and growth against the bare network (ARGS="--network pixels")
+	$(BIN)/python -m benchmarks.overhead $(ARGS)
 
 benchmark: $(READY) ## Compare every few-step technique; hours, resumable (ARGS="--task mixture --seeds 0")
 	OMP_NUM_THREADS=1 $(BIN)/python examples/compare.py $(ARGS)

@@ -15,6 +15,8 @@ from redif_env.transition import Gaussian
 
 from .advantages import TaskMeans, batch_relative, gae, group_relative
 
+LATENTS = "observation/latents"
+
 
 class RolloutBatch(NamedTuple):
     """A minibatch of B transitions; the first six fields are Stable-Baselines3's.
@@ -61,6 +63,8 @@ class TorchRolloutBuffer(RolloutBuffer):
         num_tasks: Tasks of the bank, for `"task"`.
         shares_states: Whether rows of a group are in one state when they explore: their
             transitions then stay together.
+        action_bound: Where the latents that are observed are the action before, clipped to this:
+            they are then stored once, as actions, and the first of each episode. None: as given.
         normalize_advantage: Whether advantages from a value map are whitened, over the rollout;
             those of the other kinds always are, those of scalar values are for the caller to.
         seed: Of the minibatch order. An own generator, so that the order does not shift the noise
@@ -84,6 +88,7 @@ class TorchRolloutBuffer(RolloutBuffer):
         stochastic_steps: int | None = None,
         num_tasks: int = 1,
         shares_states: bool = False,
+        action_bound: float | None = None,
         normalize_advantage: bool = True,
         seed: int = 0,
         **kwargs: Any,
@@ -99,6 +104,7 @@ class TorchRolloutBuffer(RolloutBuffer):
         self.stochastic_steps = stochastic_steps
         self.normalize_advantage = normalize_advantage
         self.shares_states = shares_states
+        self.action_bound = action_bound
         self.forget_tasks(num_tasks)
         self._store: dict[str, Tensor] = {}
         super().__init__(*args, **kwargs)
@@ -156,7 +162,7 @@ class TorchRolloutBuffer(RolloutBuffer):
             self._put("observation", observation)
         else:
             for name, value in observation.items():
-                self._put(f"observation/{name}", value)
+                self._put_observation(f"observation/{name}", value)
         self._put("actions", actions.reshape(len(actions), -1))
         self._put("rewards", rewards if running is None else torch.where(running, rewards, 0.0))
         if running is not None:
@@ -166,7 +172,7 @@ class TorchRolloutBuffer(RolloutBuffer):
         if log_prob is not None:
             self._put("log_prob", log_prob)
         if gaussian is not None:
-            self._put("mean", gaussian.mean)
+            self._put_mean(gaussian.mean)
             self._put("std", gaussian.std)
         self.pos += 1
         self.full = self.pos == self.buffer_size
@@ -268,7 +274,13 @@ class TorchRolloutBuffer(RolloutBuffer):
             yield self._batch(rows[part].flatten())
 
     def __getitem__(self, name: str) -> Tensor:
-        """A stored tensor, `(T, N, ...)`: `actions`, `rewards`, `values`, `advantages`, ..."""
+        """A stored tensor, `(T, N, ...)`: `actions`, `rewards`, `values`, `advantages`, ...
+
+        Where one step of an episode explores, `mean` is of that one, `(E, N, ...)`.
+        """
+        if name == LATENTS and self.action_bound is not None:
+            rows = torch.arange(self.buffer_size * self.n_envs, device=self.device)
+            return self._latents(rows).unflatten(0, (self.buffer_size, self.n_envs))
         return self._store[name]
 
     def _stochastic_rows(self) -> Tensor:
@@ -290,6 +302,24 @@ class TorchRolloutBuffer(RolloutBuffer):
         starts = torch.arange(len(first), device=self.device)[:, None, None] * self.episode_length
         columns = torch.arange(self.student_rows, device=self.device)
         return ((starts + step) * self.n_envs + columns).flatten()
+
+    def _put_observation(self, name: str, value: Tensor) -> None:
+        """Store an observation; latents only where no action tells them."""
+        if name != LATENTS or self.action_bound is None:
+            self._put(name, value)
+        elif self.pos % self.episode_length == 0:
+            self._put_episode("start", value, self.pos // self.episode_length)
+
+    def _put_mean(self, mean: Tensor) -> None:
+        """Store the means of the step; where one step of an episode explores, those of that one."""
+        if self.stochastic_steps != 1:
+            self._put("mean", mean)
+            return
+        episode, step = divmod(self.pos, self.episode_length)
+        if "mean" in self._store:
+            explored = self._store["explored_step"][episode] == step
+            mean = torch.where(expand(explored, mean), mean, self._store["mean"][episode])
+        self._put_episode("mean", mean, episode)
 
     def _put_outcome(self, name: str, value: Tensor, rows: Tensor | None) -> None:
         """Store what the last step's episode left behind, in some rows where only they ended."""
@@ -313,9 +343,13 @@ class TorchRolloutBuffer(RolloutBuffer):
         def take(name: str) -> Tensor:
             return self._store[name].flatten(0, 1)[rows]
 
-        gaussian = Gaussian(take("mean"), take("std")) if "mean" in self._store else None
+        gaussian = None
+        if "mean" in self._store:
+            once = self.stochastic_steps == 1
+            mean = self._of_episode("mean", rows) if once else take("mean")
+            gaussian = Gaussian(mean, take("std"))
         return RolloutBatch(
-            observations=self._observations(take),
+            observations=self._observations(take, rows),
             actions=take("actions"),
             old_values=take("values"),
             old_log_prob=take("log_prob") if "log_prob" in self._store else torch.zeros(()),
@@ -326,18 +360,32 @@ class TorchRolloutBuffer(RolloutBuffer):
             same=self.same,
         )
 
-    def _observations(self, take: Callable[[str], Tensor]) -> dict[str, Tensor] | Tensor:
+    def _observations(
+        self, take: Callable[[str], Tensor], rows: Tensor
+    ) -> dict[str, Tensor] | Tensor:
         """What was observed, as it was given: by name, or as one tensor."""
         if "observation" in self._store:
             return take("observation")
         prefix = "observation/"
         names = [name for name in self._store if name.startswith(prefix)]
-        return {name.removeprefix(prefix): take(name) for name in names}
+        seen = {name.removeprefix(prefix): take(name) for name in names}
+        return seen if self.action_bound is None else {**seen, "latents": self._latents(rows)}
+
+    def _latents(self, rows: Tensor) -> Tensor:
+        """The latents observed in rows, `(B, *latent_shape)`: a start, or the action before."""
+        start = self._of_episode("start", rows)
+        before = self._store["actions"].flatten(0, 1)[(rows - self.n_envs).clamp_min(0)]
+        before = before.clamp(-self.action_bound, self.action_bound).reshape(start.shape)  # type: ignore[operator]
+        first = rows // self.n_envs % self.episode_length == 0
+        return torch.where(expand(first, start), start, before)
+
+    def _of_episode(self, name: str, rows: Tensor) -> Tensor:
+        """What is stored once an episode, `(E, N, ...)`, of transitions."""
+        step, env = rows // self.n_envs, rows % self.n_envs
+        return self._store[name][step // self.episode_length, env]
 
     def _advantages_of(self, rows: Tensor) -> Tensor:
         """Advantages of transitions; those of a group hold for its whole episode."""
-        advantages = self._store["advantages"]
         if self.advantage == "gae":
-            return advantages.flatten(0, 1)[rows]
-        step, env = rows // self.n_envs, rows % self.n_envs
-        return advantages[step // self.episode_length, env]
+            return self._store["advantages"].flatten(0, 1)[rows]
+        return self._of_episode("advantages", rows)

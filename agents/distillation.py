@@ -59,6 +59,7 @@ PPO_ARGUMENTS = (
     "lora_targets",
     "micro_batch_size",
     "gradient_checkpointing",
+    "precision",
     "callback",
 )
 # Seeds of banks: the searched grid and the reports must not depend on the run's seed.
@@ -120,6 +121,7 @@ def distill(
     lora_targets: Sequence[str] | None = None,
     micro_batch_size: int | None = None,
     gradient_checkpointing: bool | None = None,
+    precision: str | None = None,
     bank_size: int = 6144,
     num_held_out: int = 1000,
     eval_every: int = 10,
@@ -168,6 +170,8 @@ def distill(
             teacher has `load_teacher(batch_size=...)`.
         gradient_checkpointing: Whether to compute activations again in place of keeping them, see
             `StudentPolicy`.
+        precision: `"bfloat16"` to let the student's network compute in it while it is trained, see
+            `StudentPolicy`; default `"float32"`. What is deployed and judged is float32.
         bank_size: Training tasks whose answers the teacher is asked for.
         num_held_out: Test tasks that the report is measured on.
         eval_every: Iterations between two evaluations on validation tasks.
@@ -236,6 +240,7 @@ def distill(
             lora_rank=lora_rank,
             lora_targets=lora_targets,
             gradient_checkpointing=gradient_checkpointing,
+            precision=precision,
         ),
     )
     used = {**agent_options, "group_size": env_options["group_size"], "warm_up": warm_up}

@@ -31,6 +31,8 @@ from .sampling import sample
 from .sharing import Shared
 
 CHECKPOINTING = "enable_gradient_checkpointing"
+# What autocast is told. Not float16: gradients would need a scaled loss.
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 StudentSource = str | Path | Mapping[str, Any] | Denoiser | Callable[[], Denoiser]
 
 
@@ -89,6 +91,9 @@ class StudentPolicy(ActorCriticPolicy):
             backward pass, and compute the rest again: a fraction of the memory for activations, for
             about a third more computation. For diffusers' networks, and others that have its
             `enable_gradient_checkpointing`.
+        precision: `"float32"`, or `"bfloat16"` to let the network compute in it where torch's
+            autocast finds that safe, in rollouts and updates alike. Weights, gradients, moments,
+            log-ratios and losses stay float32, and so does the average that is deployed.
         critic: Whether to build a value network.
         critic_map: Whether it predicts a map of values, for local credit.
         critic_width: Hidden units of the value network; a sixteenth as many channels in a map's.
@@ -127,6 +132,7 @@ class StudentPolicy(ActorCriticPolicy):
         lora_rank: int | None = None,
         lora_targets: Sequence[str] | None = None,
         gradient_checkpointing: bool = False,
+        precision: str = "float32",
         critic: bool = False,
         critic_map: bool = False,
         critic_width: int = 256,
@@ -154,6 +160,7 @@ class StudentPolicy(ActorCriticPolicy):
             "lora_rank": lora_rank,
             "lora_targets": lora_targets,
             "gradient_checkpointing": gradient_checkpointing,
+            "precision": check_choice("precision", precision, tuple(PRECISIONS)),
             "critic": critic,
             "critic_map": critic_map,
             "critic_width": critic_width,
@@ -185,6 +192,8 @@ class StudentPolicy(ActorCriticPolicy):
         self.reference_denoiser = (
             copy_trained(base).requires_grad_(False) if settings["reference"] else None
         )
+        for denoiser in self._acting():  # but not the average, which is deployed
+            denoiser.autocast = PRECISIONS[settings["precision"]]
         free = settings["schedule_head"] is not None
         _check_spaces(self.observation_space, self.action_space, self.denoiser, free)
         grid = explicit(settings["timesteps"], self.denoiser.schedule)
@@ -366,6 +375,21 @@ class StudentPolicy(ActorCriticPolicy):
         for denoiser in (self.denoiser, self.ema_denoiser, self.reference_denoiser):
             if denoiser is not None:
                 denoiser.batch_size = batch_size
+
+    @property
+    def network_evaluations(self) -> tuple[int, ...]:
+        """Of the student and, if there is one, of the reference; see `Denoiser`."""
+        return tuple(denoiser.network_evaluations for denoiser in self._acting())
+
+    @network_evaluations.setter
+    def network_evaluations(self, counts: tuple[int, ...]) -> None:
+        for denoiser, count in zip(self._acting(), counts, strict=True):
+            denoiser.network_evaluations = count
+
+    def _acting(self) -> list[Denoiser]:
+        """The denoisers that rollouts and updates ask."""
+        reference = self.reference_denoiser
+        return [self.denoiser] if reference is None else [self.denoiser, reference]
 
     def values(self, obs: Mapping[str, Tensor]) -> Tensor:
         """The critic's values, float32 `(N,)`, or maps of them `(N, A)`; zeros without one."""

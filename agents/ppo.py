@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import functools
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from gymnasium import spaces
@@ -53,6 +55,7 @@ STOCHASTIC_STEPS = ("all", "one")
 RATIO_TOLERANCE = 1e-2
 GAP_FRACTION = 0.5
 GAP_TASKS = 64  # on which the gap is measured before the first rollout
+Answer = TypeVar("Answer")
 MAX_SKIPPED = 3  # updates in a row that may have no finite loss or gradient
 
 
@@ -79,7 +82,8 @@ class ReDiFPPO(PPO):
         batch_size: Transitions of a minibatch.
         micro_batch_size: Transitions that are sent through the network at once, in rollouts and
             updates alike; None: all. The gradients of a minibatch's parts add up to its own, so
-            that only memory and time depend on it.
+            that only memory and time depend on it. A student that runs out of the device's memory
+            warns, halves it, and goes on from where it was.
         n_epochs: Passes over a rollout.
         gamma: Discount factor of `advantage="gae"`; groups do not discount.
         gae_lambda, clip_range, clip_range_vf, normalize_advantage, ent_coef, vf_coef: as in
@@ -358,6 +362,7 @@ class ReDiFPPO(PPO):
             raise
         if isinstance(self.rollout_buffer, TorchRolloutBuffer) and self.trains_student:
             self.rollout_buffer.group_size = self.rollout_buffer_kwargs["group_size"]
+            self.rollout_buffer.action_bound = self.rollout_buffer_kwargs["action_bound"]
             self.rollout_buffer.forget_tasks(self.rollout_buffer_kwargs["num_tasks"])
 
     def _configure(self) -> None:
@@ -393,9 +398,10 @@ class ReDiFPPO(PPO):
             **self.rollout_buffer_kwargs,
         }
         if self.trains_student:
-            self._configure_student(env.env.unwrapped)
+            self._configure_student(env.env)
 
-    def _configure_student(self, base: Any) -> None:
+    def _configure_student(self, env: VectorEnv) -> None:
+        base: Any = env.unwrapped
         defaults: dict[str, Any] = {
             "critic": self.advantage == "gae",
             "critic_map": self.credit == "local",
@@ -421,6 +427,9 @@ class ReDiFPPO(PPO):
             compatibility.check_episodes(self, base.group_size, base.max_steps, base.process.reward)
             # With a free schedule rows of a group may differ in their times.
             self.rollout_buffer_kwargs["shares_states"] = self.window == 1 and not free
+            # The next latent is the action itself, unless somebody's wrapper changes it.
+            plain = not free and type(env) is ReDiFVectorEnv
+            self.rollout_buffer_kwargs["action_bound"] = base.action_bound if plain else None
             self.rollout_buffer_kwargs.update(
                 group_size=base.group_size, episode_length=base.max_steps, num_tasks=base.num_tasks
             )
@@ -654,7 +663,10 @@ class ReDiFPPO(PPO):
     ) -> bool:
         """One pass over the rollout; False if the KL grew too large."""
         for batch in self.rollout_buffer.get(self.batch_size):
-            statistics = self._add_gradients(batch, clip_range, clip_range_vf)
+            states = len(batch.actions) // getattr(batch, "same", 1)
+            statistics = self._within_memory(
+                functools.partial(self._add_gradients, batch, clip_range, clip_range_vf), states
+            )
             if not history:
                 self._check_ratio(statistics["ratio_error"])
             history.append(statistics)
@@ -662,12 +674,41 @@ class ReDiFPPO(PPO):
                 return False
             skipped = self.updates_skipped
             statistics.update(self._take_step(statistics["loss"]))
-            self.rows_trained += len(batch.actions) // getattr(batch, "same", 1)
+            self.rows_trained += states
             if self.updates_skipped == skipped:
                 self.updates += 1
                 if isinstance(self.policy, StudentPolicy):
                     self.policy.update_ema(self.ema_decay, self.updates)
         return True
+
+    def _within_memory(self, work: Callable[[], Answer], num_rows: int) -> Answer:
+        """What `work` returns; where it runs out of memory, done anew with half the rows at once.
+
+        Args:
+            work: Asks the network about `num_rows` rows, `micro_batch_size` at once; may be called
+                again as if it had never been before.
+            num_rows: The rows.
+        """
+        policy = self.policy
+        if not isinstance(policy, StudentPolicy):
+            return work()
+        while True:
+            counts = policy.network_evaluations
+            try:
+                return work()
+            except torch.OutOfMemoryError:
+                size = min(self.micro_batch_size or num_rows, num_rows)
+                if size == 1:
+                    raise
+            # Not in the except clause: the error's traceback holds on to all activations.
+            policy.network_evaluations = counts
+            self.micro_batch_size = (size + 1) // 2
+            policy.set_batch_size(self.micro_batch_size)
+            warnings.warn(
+                f"out of memory: goes on with micro_batch_size={self.micro_batch_size}, which "
+                "changes speed, not what is learned. Pass it to start with.",
+                stacklevel=2,
+            )
 
     def _add_gradients(
         self, batch: Any, clip_range: float, clip_range_vf: float | None
@@ -835,7 +876,11 @@ class ReDiFPPO(PPO):
             rows = self._exploring_rows(buffer)
             shared = self._shared_rows(buffer)
             choosing = None if running is None else self._row >= buffer.student_rows
-            explored = self.policy.explore(observation, rows, self.antithetic, choosing, shared)
+            explore = functools.partial(
+                self.policy.explore, observation, rows, self.antithetic, choosing, shared
+            )
+            asked = self.n_envs if shared is None else len(shared.asked)
+            explored = self._within_memory(explore, asked)
             if explored.choice is not None and running is not None:
                 drawn = explored.actions[:, -1]
                 episode = buffer.pos // buffer.episode_length

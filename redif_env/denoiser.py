@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 from collections.abc import Callable, Sequence
@@ -54,6 +55,8 @@ class Denoiser(nn.Module):
     Attributes:
         num_classes: Number of conditions: of classes, or of the table's rows.
         null_class: The class, or the table's row, that stands for "no condition".
+        autocast: The dtype that the network computes in where torch's autocast finds that safe,
+            such as `torch.bfloat16`; weights, latents and predictions stay as they are. None: off.
         network_evaluations: Rows sent through the network since construction, guidance included.
 
     Raises:
@@ -106,6 +109,7 @@ class Denoiser(nn.Module):
         self.batch_size = None
         if batch_size is not None:
             self.batch_size = check_integer("batch_size", batch_size, 1)
+        self.autocast: torch.dtype | None = None
         self.network_evaluations = 0
         self.set_guidance(guidance_scale, guidance_rescale)
         end = torch.tensor([schedule.max_timestep], device=self.device)
@@ -202,6 +206,11 @@ class Denoiser(nn.Module):
         tensors = itertools.chain(self.network.parameters(), self.network.buffers())
         return next((tensor.device for tensor in tensors), None)
 
+    def _precision(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, self.autocast)
+
     def _call(self, x_t: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
         """The network's prediction in its own dtype and on its own device, returned as `x_t`'s."""
         device, dtype = self._device() or x_t.device, self.dtype or x_t.dtype
@@ -213,7 +222,8 @@ class Denoiser(nn.Module):
                 for name, row in rows.items()
             }
         try:
-            prediction = self.call(self.network, x_t.to(device, dtype), t.to(device), told)
+            with self._precision(device):
+                prediction = self.call(self.network, x_t.to(device, dtype), t.to(device), told)
         except RuntimeError as error:
             if dtype == t.dtype or "dtype" not in str(error):
                 raise

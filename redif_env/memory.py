@@ -64,8 +64,9 @@ def estimate(
 ) -> Estimate:
     """What training a student of a teacher holds, counted from shapes.
 
-    Of PPO as in `agents`, with groups, one episode a rollout, a fixed schedule and Adam; a critic
-    comes on top. Nothing is allocated.
+    Of PPO as in `agents`, with groups, one episode a rollout with one exploring step, a fixed
+    schedule and Adam; a critic, and means of further exploring steps, come on top. Nothing is
+    allocated.
 
     Args:
         teacher: Whose network is the student's too.
@@ -109,14 +110,16 @@ def estimate(
 
 
 def rollout_size(denoiser: Denoiser, num_envs: int, num_steps: int, has_map: bool = True) -> int:
-    """Bytes of a rollout of one episode a row, as `TorchRolloutBuffer` keeps it."""
+    """Bytes of a rollout of one episode a row, of which one step explores, see `estimate`."""
     elements = math.prod(denoiser.latent_shape)
-    # Latents, action and mean; time, steps left, std, reward, value and return; the start's flag.
-    row = FLOAT * (3 * elements + 6) + 1
+    # The action, which is the next latent; time, steps left, std, reward, value and return; the
+    # start's flag.
+    row = FLOAT * (elements + 6) + 1
     if denoiser.num_classes is not None:
         row += 8
-    # The explored step, the advantage and, with local credit, the map that it comes from.
-    episode = 8 + FLOAT * (2 * elements if has_map else 1)
+    # The first latent, the explored step and its mean, the advantage and, with local credit, the
+    # map that it comes from.
+    episode = 8 + FLOAT * (2 * elements + (2 * elements if has_map else 1))
     return num_envs * (num_steps * row + episode)
 
 

@@ -25,6 +25,21 @@ def weights(model: Any) -> Tensor:
     return torch.cat([p.detach().flatten() for p in model.policy.parameters()])
 
 
+def deployed(model: Any) -> Tensor:
+    """The deployed step from each observation of the last rollout, `(T, N, D)`."""
+    buffer = model.rollout_buffer
+    names = ("latents", "timestep", "steps_left", "condition")
+    with torch.no_grad():
+        return torch.stack(
+            [
+                model.policy.get_distribution(
+                    {name: buffer[f"observation/{name}"][step] for name in names}
+                ).mode()
+                for step in range(buffer.buffer_size)
+            ]
+        )
+
+
 class OnRolloutEnd(BaseCallback):
     """Does something between a rollout and its update.
 

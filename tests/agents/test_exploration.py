@@ -18,7 +18,7 @@ from probes import (
     train,
 )
 from probes import make_env as make_probe
-from small_world import ITERATION, PLAIN_EXPLORATION, STOCK, OnRolloutEnd
+from small_world import ITERATION, PLAIN_EXPLORATION, STOCK, OnRolloutEnd, deployed
 from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor, nn
 from tripwire import Tripwire, arm
@@ -28,21 +28,6 @@ from agents.ppo import GAP_FRACTION, RatioError
 from redif_env import MSE, TeacherBank, schedules
 
 STEPS = 3
-
-
-def deployed(model: ReDiFPPO) -> Tensor:
-    """The deployed step from each observation of the last rollout, `(T, N, D)`."""
-    buffer = model.rollout_buffer
-    names = ("latents", "timestep", "steps_left", "condition")
-    with torch.no_grad():
-        return torch.stack(
-            [
-                model.policy.get_distribution(
-                    {name: buffer[f"observation/{name}"][step] for name in names}
-                ).mode()
-                for step in range(buffer.buffer_size)
-            ]
-        )
 
 
 def trained_on(model: ReDiFPPO) -> list[Tensor]:

@@ -43,7 +43,8 @@ def armed(arm_env):
 def assert_holds_tripwires(buffer) -> None:
     """All that is stored, but for what is computed from shapes alone."""
     names = set(buffer._store) - {"explored_step"}
-    assert {"observation/latents", "actions", "rewards", "advantages", "returns"} <= names
+    first = "observation/latents" if buffer.action_bound is None else "start"
+    assert {first, "actions", "rewards", "advantages", "returns"} <= names
     for name in names:
         assert isinstance(buffer[name], Tripwire), name
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
-from benchmarks import overhead, sample_efficiency
+from benchmarks import options, overhead, plain_loop, sample_efficiency
+from benchmarks.worlds import make_trivial
 from examples import distill, train_teacher
+from redif_env import transition
 
 
 def test_distill_writes_a_run_and_prints_a_table(tmp_path, capsys):
@@ -40,9 +43,64 @@ def test_a_teacher_below_the_gate_is_not_installed(tmp_path):
     assert (tmp_path / "digits.new" / "unet").is_dir()
 
 
-def test_overhead_gives_both_ratios():
-    ratios = overhead.main(overhead.Args(num_envs=8, num_steps=2, repeats=1))
-    assert set(ratios) == {"rollout", "update"}
+def test_overhead_compares_with_bare_work_and_other_trainers(tmp_path, capsys):
+    """Of a UNet of random weights, as on CUDA but tiny."""
+    args = overhead.Args(
+        network="pixels",
+        width=8,
+        num_envs=4,
+        num_steps=2,
+        compared_envs=4,
+        bank_size=4,
+        repeats=1,
+        growth=False,
+        out=tmp_path / "overhead.json",
+    )
+    result = overhead.main(args)
+    assert json.loads(args.out.read_text())["ratios"] == result["ratios"]
+    names = [row["name"] for row in result["ratios"]]
+    assert names[:3] == ["rollout", "update", "bank"]
+    assert all(row["ratio"] > 0 for row in result["ratios"])
+    assert result["memory"]["states and actions, latents"] == args.num_steps + 1
+    assert "plain loop" in capsys.readouterr().out
+
+
+def test_growth_is_measured_in_each_direction(monkeypatch):
+    monkeypatch.setattr(overhead, "GROWTH", {"num_envs": (4, 8), "elements": (64, 256)})
+    monkeypatch.setattr(overhead, "GROWTH_START", {**overhead.GROWTH_START, "num_envs": 4})
+    rows = overhead.measure_growth(overhead.Args())
+    sizes = [(row["num_envs"], row["elements"]) for row in rows]
+    assert sizes == [(4, 64), (8, 64), (4, 64), (4, 256)]
+
+
+def test_the_plain_loop_explores_as_the_library_does():
+    """Its mean and std are those of our kernel."""
+    denoiser = make_trivial(64).denoiser
+    grid = torch.tensor([850.0, 400.0, 0.0])
+    schedule = denoiser.schedule
+    loop = plain_loop.PlainLoop(
+        denoiser.predict,
+        list(denoiser.network.parameters()),
+        grid,
+        schedule.alpha(grid),
+        schedule.sigma(grid),
+    )
+    x_t = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    for step in range(2):
+        index = torch.full((3,), step)
+        mean, std = loop.step(x_t, index, None)
+        t, s = grid[index], grid[index + 1]
+        ours = transition.exploration(schedule, x_t, denoiser(x_t, t), t, s, 1.0, 0.02, "sde")
+        torch.testing.assert_close(mean, ours.mean)
+        torch.testing.assert_close(std, ours.std)
+
+
+def test_options_of_speed_are_measured():
+    args = options.Args(
+        network="pixels", width=8, num_rows=2, repeats=1, compiled=False, float16=False
+    )
+    measured = {row.name for row in options.main(args)}
+    assert measured >= {"bfloat16 autocast", "channels last", "fused Adam"}
 
 
 def test_sample_efficiency_resumes_and_knows_what_was_reached(tmp_path):
