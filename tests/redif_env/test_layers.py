@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[2]
 # From the ground up: a module imports only modules above it in this list.
 LAYERS = (
     "errors",
+    "parallel",
     "noise",
     "transition",
     "conditions",
