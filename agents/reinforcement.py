@@ -13,7 +13,7 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.utils import LinearSchedule
 from torch import Tensor
 
-from redif_env import schedules
+from redif_env import parallel, schedules
 from redif_env.denoiser import Denoiser
 from redif_env.errors import InvalidArgumentError, check_integer, check_number
 from redif_env.loading import describe
@@ -48,7 +48,9 @@ def make_model(
         times = {"schedule": FREE, "num_steps": num_steps, "min_steps": num_steps}
         policy = {**agent_options["policy_kwargs"], "timesteps": timesteps.tolist()}
         agent_options = {**agent_options, "policy_kwargs": policy}
-    env = ReDiFVectorEnv(num_envs, teacher, bank=bank, **times, **env_options)
+    env = ReDiFVectorEnv(
+        num_envs, teacher, bank=bank, shard=parallel.shard(), **times, **env_options
+    )
     return ReDiFPPO("StudentPolicy", env, **agent_options)
 
 
@@ -61,7 +63,7 @@ def spent(model: ReDiFPPO, trajectories: int) -> Counter[str]:
 
     Args:
         model: The agent.
-        trajectories: How many were scored.
+        trajectories: How many were scored, by all processes.
     """
     policy: Any = model.policy
     env: Any = model.env
@@ -70,11 +72,12 @@ def spent(model: ReDiFPPO, trajectories: int) -> Counter[str]:
     factor = 4 if policy.settings["gradient_checkpointing"] else FORWARD_AND_BACKWARD
     reference = policy.reference_denoiser
     learning = sum(getattr(term, "network_evaluations", 0) for term in online_terms(reward))
+    processes = parallel.world_size()  # each has counted its own, and all are alike
     return Counter(
-        rollout=policy.denoiser.network_evaluations - trained,
-        update=factor * trained,
-        reference=0 if reference is None else reference.network_evaluations,
-        reward=trajectories * reward.nfe + learning,
+        rollout=processes * (policy.denoiser.network_evaluations - trained),
+        update=processes * factor * trained,
+        reference=0 if reference is None else processes * reference.network_evaluations,
+        reward=trajectories * reward.nfe + processes * learning,
     )
 
 
