@@ -1,4 +1,7 @@
-"""Advantages: how much better than expected each action, or each element of it, turned out."""
+"""Advantages: how much better than expected each action, or each element of it, turned out.
+
+Of several processes their means and standard deviations are those of all rows together.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+from redif_env import parallel
 
 
 def gae(
@@ -47,12 +52,12 @@ def gae(
 
 def standardised(values: Tensor) -> Tensor:
     """Values over their one global standard deviation; their mean is left alone."""
-    return values / (values.std() + 1e-8)
+    return values / (parallel.std(values) + 1e-8)
 
 
 def batch_relative(returns: Tensor) -> Tensor:
     """Returns, float32 `(E, N, ...)`, minus their mean over their std: DDPO's whitening."""
-    return standardised(returns - returns.mean())
+    return standardised(returns - parallel.mean(returns.mean()))
 
 
 def group_relative(returns: Tensor, group_size: int) -> Tensor:
@@ -104,8 +109,8 @@ class TaskMeans:
             self._means = flat.new_zeros(self.num_tasks, *flat.shape[1:])
             self._visits = flat.new_zeros(self.num_tasks)
         known = _like(self._visits[rows] > 0, flat)
-        baseline = torch.where(known, self._means[rows], flat.mean(0))
-        self._remember(flat, rows)
+        baseline = torch.where(known, self._means[rows], parallel.mean(flat.mean(0)))
+        self._remember(parallel.gather(flat), parallel.gather(rows))
         return standardised(flat - baseline).reshape(returns.shape)
 
     def state_dict(self) -> dict[str, Tensor] | None:

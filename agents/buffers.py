@@ -9,6 +9,7 @@ import torch
 from stable_baselines3.common.buffers import RolloutBuffer
 from torch import Tensor
 
+from redif_env import parallel
 from redif_env.noise import expand
 from redif_env.rewards import fit_map
 from redif_env.transition import Gaussian
@@ -220,7 +221,7 @@ class TorchRolloutBuffer(RolloutBuffer):
             last_values = last_values.flatten()
         starts = self._store["episode_starts"]
         advantages = gae(rewards, values, starts, last_values, dones, self.gamma, self.gae_lambda)
-        self.advantage_scale = advantages.std()
+        self.advantage_scale = parallel.std(advantages)
         self._store["returns"] = advantages + values
         if self.has_value_map:
             advantages = self._mixed(advantages, advantages.mean(2))
@@ -243,7 +244,7 @@ class TorchRolloutBuffer(RolloutBuffer):
         """Advantages of whole episodes, `(E, N)`, or `(E, N, D)` with local credit."""
         if not self.student_rows:
             return returns
-        self.advantage_scale = returns.std()
+        self.advantage_scale = parallel.std(returns)
         if self.credit == "global":
             return self._relative(returns)
         local = self._relative(self._store["reward_map"][:, : self.student_rows].flatten(2))

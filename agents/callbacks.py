@@ -12,7 +12,7 @@ from stable_baselines3.common.logger import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from redif_env import mdp, rewards
+from redif_env import mdp, parallel, rewards
 from redif_env.errors import check_integer
 from redif_env.rendering import pixels, to_rgb
 from redif_env.teacher import TeacherBank
@@ -75,11 +75,18 @@ class HeldOutEvaluation(IterationCallback):
     def on_iteration(self) -> None:
         policy: Any = self.model.policy
         bank = self.bank
-        x_0, num_steps = policy.sample(bank.x_T, bank.condition)
+        num, device = len(bank), bank.x_T.device
+
+        def deployed(rows: Any) -> tuple[Tensor, Tensor]:
+            condition = None if bank.condition is None else bank.condition[rows]
+            return policy.sample(bank.x_T[rows], condition)
+
+        x_0, num_steps = parallel.in_shares(deployed, num, device)
+        exploring = parallel.in_shares(self._explore, num, device)
         record = {
             "paired_mse": float((x_0 - bank.teacher_x_0).square().mean()),
             "reward": self._reward(x_0, num_steps),
-            "reward_exploring": self._reward(*self._explore()),
+            "reward_exploring": self._reward(*exploring),
             "num_steps": float(num_steps.float().mean()),
         }
         self.history.append({"iteration": self.iteration, **record})
@@ -97,14 +104,15 @@ class HeldOutEvaluation(IterationCallback):
     def _process(self) -> mdp.Process:
         return self.training_env.get_attr("process", [0])[0]
 
-    def _explore(self) -> tuple[Tensor, Tensor]:
+    def _explore(self, tasks: Any) -> tuple[Tensor, Tensor]:
         """Samples with noise in every step and choice, `(P, *latent_shape)`, and their steps."""
         policy: Any = self.model.policy
         process = self._process
         before, device = policy.denoiser.network_evaluations, self.bank.x_T.device
         space: Any = self.training_env.action_space
         low, high = (torch.as_tensor(bound, device=device) for bound in (space.low, space.high))
-        state = mdp.initial(process, self.bank, torch.arange(len(self.bank), device=device))
+        rows = torch.arange(len(self.bank), device=device)[tasks]
+        state = mdp.initial(process, self.bank, rows)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             if policy.schedule_head is not None:
                 head = policy.schedule_head

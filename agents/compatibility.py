@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from redif_env import parallel
 from redif_env.errors import InvalidArgumentError, check_integer, check_number
 from redif_env.schedule_env import ReDiFScheduleVectorEnv
 
@@ -77,6 +78,25 @@ def check_options(agent: Any) -> None:
         )
     if agent.adaptive_lr and agent.target_kl is None:
         raise InvalidArgumentError("adaptive_lr", True, "pass a target_kl for it to hold.")
+
+
+def check_parallel(base: Any) -> None:
+    """Of several processes each needs its own share of rows, and as many of them in each update."""
+    if parallel.world_size() == 1:
+        return
+    if getattr(base, "shard", None) != parallel.shard():
+        raise InvalidArgumentError(
+            "env",
+            type(base).__name__,
+            "several processes need a ReDiFVectorEnv with shard=redif_env.parallel.shard().",
+        )
+    if base.timesteps is None and base.process.min_steps < base.max_steps:
+        raise InvalidArgumentError(
+            "min_steps",
+            base.process.min_steps,
+            f"with several processes episodes must be equally long: pass {base.max_steps}, or a "
+            "fixed schedule.",
+        )
 
 
 def check_generic_policy(agent: Any) -> None:

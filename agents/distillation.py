@@ -22,7 +22,7 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.utils import LinearSchedule
 from torch import Tensor
 
-from redif_env import schedules
+from redif_env import parallel, schedules
 from redif_env.denoiser import Denoiser
 from redif_env.errors import InvalidArgumentError, check_choice, check_integer, check_number
 from redif_env.files import write_json
@@ -135,6 +135,10 @@ def distill(
 ) -> Distillation:
     """Distil a teacher into a student of `num_steps` steps, and judge it on held-out noise.
 
+    In a script that `torchrun` or `accelerate launch` starts several times, the processes train one
+    student together, see docs/scaling.md: each must call this with the same arguments. All return;
+    the first one writes, logs and shows progress.
+
     Args:
         teacher: Bundled name, diffusers folder, or `Teacher`.
         num_steps: Steps, and network evaluations, of the student.
@@ -150,12 +154,12 @@ def distill(
             there and are trained with the student, a grid name, or a list of times.
         reward: A `Reward` or the name of one. One with a map gets local credit.
         iterations: Rollouts of `num_envs` trajectories, each followed by an update.
-        num_envs: Trajectories of a rollout.
+        num_envs: Trajectories of a rollout, of all processes together.
         preset: Recipe, see `presets.PRESETS`; `group_size` to `ema_decay` default to its values.
         guidance_scale: Of the student; default: the teacher's. 1 distils guidance away, and halves
             the cost of a step.
         group_size: Trajectories that share noise and class; their mean is the baseline.
-        batch_size: Transitions of a minibatch.
+        batch_size: Transitions of a minibatch, of all processes together.
         learning_rate: Initial learning rate; with adapters, ten times the preset's by default.
         stochastic_steps, antithetic: Where and how to explore, see `ReDiFPPO`.
         n_epochs: Passes over a rollout.
@@ -176,7 +180,8 @@ def distill(
         num_held_out: Test tasks that the report is measured on.
         eval_every: Iterations between two evaluations on validation tasks.
         seed: Of training. Banks have fixed seeds, so that runs share their cache.
-        device: Where to train; default: the teacher's, or CPU.
+        device: Where to train; default: the teacher's, or CPU. Of several processes on CUDA each
+            takes the device of its local rank.
         out: Folder of the run to write, which must not exist; None writes nothing. The student is a
             diffusers folder in it, `student/`, or `student.safetensors` for modules of one's own.
         checkpoint_every: Iterations of PPO between two checkpoints in `out/checkpoints`, of which
@@ -192,6 +197,7 @@ def distill(
         InvalidArgumentError: for an argument that makes no sense, before anything is written.
         RunFolderError: with `resume`, for a folder of another run, or one that is in use.
         Interrupted: a `SystemExit`, after a signal.
+        LostProcessError: if another process of the run ends.
     """
     arguments = {name: value for name, value in locals().items() if name != "callback"}
     started = {"seconds": time.monotonic()}
@@ -209,6 +215,14 @@ def distill(
         checkpoint_every = check_integer("checkpoint_every", checkpoint_every, 1)
     folder = _check_out(out, resume)
     reward = make_reward(reward)
+    if parallel.launched():
+        default = teacher.device if isinstance(teacher, Teacher) else "cpu"
+        device = str(parallel.start(device or default))
+        check_choice("method", method, (PPO,))  # the others train on one process
+        if resume:  # a checkpoint has the environments of one process alone
+            raise InvalidArgumentError("resume", resume, "go on with a run in a single process.")
+    if not parallel.is_main():
+        folder, progress = None, False
     teacher = _as_teacher(teacher, device)
     description = None if student is None else smaller.describe_smaller(teacher, student)
     noise = teacher.denoiser.schedule
@@ -347,6 +361,7 @@ def distill(
             **{name: round(time.monotonic() - since, 1) for name, since in started.items()},
             "versions": versions(),
             "hardware": f"{platform.machine()}, {teacher.device}, {threads} threads",
+            "processes": parallel.world_size(),
         }
         if folder is not None:
             _finish_folder(folder, report, distilled, timesteps, teacher, banks.test, samples)
@@ -418,7 +433,8 @@ def _search(teacher: Teacher, bank: TeacherBank, num_steps: int) -> tuple[Tensor
     """The best grid of plain DDIM, and the network evaluations that it took to find."""
     before = teacher.denoiser.network_evaluations
     grid = schedules.search(teacher.denoiser, bank, num_steps)
-    return grid, teacher.denoiser.network_evaluations - before
+    parallel.broadcast([grid])  # processes do not share this work, but must agree on its result
+    return grid, parallel.world_size() * (teacher.denoiser.network_evaluations - before)
 
 
 def _build_banks(teacher: Teacher, bank_size: int, num_held_out: int, progress: bool) -> _Banks:
@@ -435,7 +451,11 @@ def _build_banks(teacher: Teacher, bank_size: int, num_held_out: int, progress: 
 
 @torch.no_grad()
 def _sample(denoiser: Denoiser, grid: Tensor, bank: TeacherBank) -> Tensor:
-    return schedules.sample(denoiser, bank.x_T, bank.condition, grid)
+    def some(rows: Any) -> tuple[Tensor]:
+        condition = None if bank.condition is None else bank.condition[rows]
+        return (schedules.sample(denoiser, bank.x_T[rows], condition, grid),)
+
+    return parallel.in_shares(some, len(bank), bank.x_T.device)[0]
 
 
 def _judge(

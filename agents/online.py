@@ -6,7 +6,7 @@ from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback
 
-from redif_env import mdp
+from redif_env import mdp, parallel
 from redif_env.errors import InvalidArgumentError
 from redif_env.rewards import online_terms
 
@@ -15,8 +15,9 @@ class UpdateReward(BaseCallback):
     """Update the online terms of the environment's reward after every rollout.
 
     Each gets the final samples that the environment made last: with a rollout of one episode, all
-    of its own. The rollout keeps the rewards it was paid, so that a rollout and its update see one
-    reward. Logs what each term says of itself as `reward/TERM_FIGURE`.
+    of its own, and those of the other processes. The rollout keeps the rewards it was paid, so that
+    a rollout and its update see one reward. Logs what each term says of itself as
+    `reward/TERM_FIGURE`.
 
     Raises:
         InvalidArgumentError: at the start of training, if no term of the reward is online.
@@ -35,9 +36,12 @@ class UpdateReward(BaseCallback):
         if state is None:
             return
         ended = mdp.terminal(self._process, state)
-        condition = None if state.condition is None else state.condition[ended]
+        condition = None
+        if state.condition is not None:
+            condition = parallel.gather(state.condition[ended])
+        x_0, target = (parallel.gather(rows[ended]) for rows in (state.x_t, state.teacher_x_0))
         for term in self.terms:
-            figures = term.update(state.x_t[ended], state.teacher_x_0[ended], condition)
+            figures = term.update(x_0, target, condition)
             for name, value in figures.items():
                 self.logger.record(f"reward/{term.name}_{name}", value)
 

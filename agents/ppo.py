@@ -19,7 +19,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from redif_env import schedules
+from redif_env import parallel, schedules
 from redif_env.env import ReDiFEnv
 from redif_env.errors import (
     InvalidArgumentError,
@@ -284,6 +284,8 @@ class ReDiFPPO(PPO):
             },
             seed,
         )
+        if not parallel.is_main():
+            verbose, tensorboard_log = 0, None
         if env is not None and not isinstance(env, str):
             env = self._wrap_env(env, verbose)
         native = env if isinstance(env, TorchVecEnv) else None
@@ -383,6 +385,7 @@ class ReDiFPPO(PPO):
                 type(self.env).__name__,
                 "StudentPolicy needs a ReDiF vector environment or TorchVecEnv, without wrappers.",
             )
+        compatibility.check_parallel(None if env is None else env.env.unwrapped)
         if env is None:
             return
         self.rollout_buffer_class = TorchRolloutBuffer
@@ -485,7 +488,7 @@ class ReDiFPPO(PPO):
                     beyond = self.policy.predict_values(infos["final_obs"]).flatten()
                     rewards = rewards + self.gamma * torch.where(env.truncated, beyond, 0.0)
             dones = HostView(ended)
-            self.num_timesteps += env.num_envs
+            self.num_timesteps += env.num_envs * parallel.world_size()
             callback.update_locals(locals())
             if not callback.on_step():
                 # The next rollout must not start inside an episode: its steps would be taken for
@@ -629,16 +632,22 @@ class ReDiFPPO(PPO):
         history: list[dict[str, Tensor]] = []
         for _ in range(self.n_epochs):
             batches = choices.batches(
-                returns, buffer.group_size, self.advantage_clip, self.batch_size, buffer.order
+                returns,
+                buffer.group_size,
+                self.advantage_clip,
+                parallel.share(self.batch_size),
+                buffer.order,
             )
             for batch in batches:
                 loss, statistics = schedule_learning.loss(
                     head, batch, self.schedule_clip_range, self.schedule_ent_coef
                 )
-                if not history:
-                    self._check_ratio(statistics.pop("ratio_error"))
                 self.policy.optimizer.zero_grad()
                 loss.backward()
+                statistics = self._average({**statistics, "loss": loss})
+                loss, error = (statistics.pop(name) for name in ("loss", "ratio_error"))
+                if not history:
+                    self._check_ratio(error)
                 norms = self._take_step(loss)
                 history.append({**statistics, **norms})
         self._record_means(history)
@@ -662,7 +671,7 @@ class ReDiFPPO(PPO):
         self, clip_range: float, clip_range_vf: float | None, history: list[dict[str, Tensor]]
     ) -> bool:
         """One pass over the rollout; False if the KL grew too large."""
-        for batch in self.rollout_buffer.get(self.batch_size):
+        for batch in self.rollout_buffer.get(parallel.share(self.batch_size)):
             states = len(batch.actions) // getattr(batch, "same", 1)
             statistics = self._within_memory(
                 functools.partial(self._add_gradients, batch, clip_range, clip_range_vf), states
@@ -723,11 +732,18 @@ class ReDiFPPO(PPO):
             share = len(part.actions) / len(batch.actions)  # losses are means over rows
             (share * loss).backward()
             evaluations.append(minibatch.join([new]))
-        if len(evaluations) == 1:
-            return statistics
-        whole = minibatch.join(evaluations)
-        with torch.no_grad():
-            return self._loss(batch, clip_range, clip_range_vf, whole)[1]
+        if len(evaluations) > 1:
+            whole = minibatch.join(evaluations)
+            with torch.no_grad():
+                statistics = self._loss(batch, clip_range, clip_range_vf, whole)[1]
+        return self._average(statistics)
+
+    def _average(self, statistics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Average gradients and statistics of a minibatch over processes: once an update."""
+        groups = self.policy.optimizer.param_groups
+        weights = (weight for group in groups for weight in group["params"])
+        statistics = parallel.average_gradients(weights, statistics)
+        return {**statistics, "ratio_error": statistics["ratio_error"].sqrt()}
 
     def _take_step(self, loss: Tensor) -> dict[str, Tensor]:
         """Go down the gradient, if it is finite; returns the norms before clipping, by name."""
@@ -774,7 +790,7 @@ class ReDiFPPO(PPO):
             "kl": new.kl.mean(),
             "clip_fraction": losses.clip_fraction(new.log_ratio, clip_range).mean(),
             "effective_sample_size": losses.effective_sample_size(new.log_ratio),
-            "ratio_error": new.error.mean().sqrt(),
+            "ratio_error": new.error.mean(),  # its root is taken of all rows, see `_average`
         }
         if new.gaussian is not None:
             statistics["per_step"] = diagnostics.per_step(
@@ -976,14 +992,27 @@ class ReDiFPPO(PPO):
             self._last_episode_starts = torch.ones(  # type: ignore[assignment]
                 self.env.num_envs, dtype=torch.bool, device=self.env.device
             )
+        self._meet()
         return result
+
+    def _meet(self) -> None:
+        """Start all processes from one student, and let each explore with noise of its own."""
+        if parallel.world_size() == 1:
+            return
+        parallel.broadcast(self.policy.state_dict().values())
+        torch.manual_seed(parallel.own_seed(self.seed or 0, self.num_timesteps))
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         modules, tensors = super()._get_torch_save_params()
         return [*modules, "training_state"], tensors
 
     def save(self, *args: Any, **kwargs: Any) -> None:
-        """As in Stable-Baselines3; with the state of the reward, where it is trained too."""
+        """As in Stable-Baselines3; with the state of the reward, where it is trained too.
+
+        Of several processes, which all have the same, the first one writes.
+        """
+        if not parallel.is_main():
+            return
         if self._gap is not None:
             self.gap = float(self._gap)
         super().save(*args, **kwargs)
@@ -1014,7 +1043,7 @@ class ReDiFPPO(PPO):
 
 
 def _root_mean_square(values: Tensor) -> Tensor:
-    return values.detach().square().mean().sqrt()
+    return parallel.mean(values.detach().square().mean()).sqrt()
 
 
 def _check_window(stochastic_steps: str | int) -> str | int:

@@ -14,7 +14,7 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.utils import LinearSchedule
 from torch import Tensor
 
-from redif_env import schedules
+from redif_env import parallel, schedules
 from redif_env.denoiser import Denoiser
 from redif_env.errors import InvalidArgumentError, check_integer, check_number
 from redif_env.loading import describe
@@ -57,7 +57,9 @@ def make_model(
         policy = {**agent_options["policy_kwargs"], "timesteps": timesteps.tolist()}
         policy |= {"schedule_head": ADAPTIVE_HEAD} if adaptive else {}
         agent_options = {**agent_options, "policy_kwargs": policy}
-    env = ReDiFVectorEnv(num_envs, teacher, bank=bank, **times, **env_options)
+    env = ReDiFVectorEnv(
+        num_envs, teacher, bank=bank, shard=parallel.shard(), **times, **env_options
+    )
     return ReDiFPPO("StudentPolicy", env, **agent_options)
 
 
@@ -70,7 +72,7 @@ def spent(model: ReDiFPPO, trajectories: int) -> Counter[str]:
 
     Args:
         model: The agent.
-        trajectories: How many were scored.
+        trajectories: How many were scored, by all processes.
     """
     policy: Any = model.policy
     env: Any = model.env
@@ -79,11 +81,12 @@ def spent(model: ReDiFPPO, trajectories: int) -> Counter[str]:
     factor = 4 if policy.settings["gradient_checkpointing"] else FORWARD_AND_BACKWARD
     reference = policy.reference_denoiser
     learning = sum(getattr(term, "network_evaluations", 0) for term in online_terms(reward))
+    processes = parallel.world_size()  # each has counted its own, and all are alike
     return Counter(
-        rollout=policy.denoiser.network_evaluations - trained,
-        update=factor * trained,
-        reference=0 if reference is None else reference.network_evaluations,
-        reward=trajectories * reward.nfe + learning,
+        rollout=processes * (policy.denoiser.network_evaluations - trained),
+        update=processes * factor * trained,
+        reference=0 if reference is None else processes * reference.network_evaluations,
+        reward=trajectories * reward.nfe + processes * learning,
     )
 
 

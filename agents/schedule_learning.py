@@ -136,7 +136,7 @@ def loss(
         "schedule_kl": losses.approximate_kl(log_ratio),
         "schedule_clip_fraction": losses.clip_fraction(log_ratio, clip_range).mean(),
         "schedule_entropy": entropy.detach(),
-        "ratio_error": log_ratio.detach().square().mean().sqrt(),
+        "ratio_error": log_ratio.detach().square().mean(),  # mean square, as of `ReDiFPPO._loss`
     }
     return policy_loss - ent_coef * entropy, statistics
 

@@ -11,6 +11,8 @@ import torch
 from stable_baselines3.common.logger import Logger
 from torch import Tensor
 
+from redif_env import parallel
+
 
 class HostView:
     """A tensor for callbacks: an array once somebody looks, and no transfer until then."""
@@ -43,7 +45,7 @@ class EpisodeStatistics:
 
     def record(self, buffer: Any, logger: Logger) -> None:
         """Append the means to Stable-Baselines3's episode buffer, and log the reward's terms."""
-        count, *sums = [0.0] if self.sums is None else self.sums.tolist()
+        count, *sums = [0.0] if self.sums is None else parallel.total(self.sums).tolist()
         if not count:
             return
         returns, length, *terms = (part / count for part in sums)

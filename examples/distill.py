@@ -1,6 +1,7 @@
 """Distil a teacher into a few-step student, and show how good it is.
 
 `python examples/distill.py --help` lists the options; the defaults take a few minutes on two cores.
+`torchrun --nproc-per-node 8 examples/distill.py --device cuda` trains on eight devices.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 from agents import distill
 from agents.distillation import last_taken, next_free
+from redif_env import parallel
 from redif_env.errors import require
 
 
@@ -33,7 +35,7 @@ class Args:
     iterations: int = 150
     """Rollouts, each followed by an update."""
     num_envs: int = 512
-    """Trajectories of a rollout."""
+    """Trajectories of a rollout, of all processes together."""
     preset: str = "default"
     """Recipe: default, ddpo, grpo or redif-paper; the next seven default to its values."""
     group_size: int | None = None
@@ -79,8 +81,9 @@ def main(args: Args) -> dict[str, Any]:
         options["out"] = choose(Path("runs") / name)
     options["schedule"] = parse_schedule(args.schedule)
     report = distill(**options, progress=True).report
-    print(table(report))
-    print(where_to_look(options["out"]))
+    if parallel.is_main():
+        print(table(report))
+        print(where_to_look(options["out"]))
     return report
 
 

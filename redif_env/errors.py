@@ -51,6 +51,23 @@ class CacheError(ReDiFError, OSError):
     """The teacher bank could not be written to its cache."""
 
 
+class LostProcessError(ReDiFError, RuntimeError):
+    """Another process of the run has ended, or has not answered in time.
+
+    Args:
+        task: What the processes were doing together.
+        rank: This process.
+        cause: What torch says.
+    """
+
+    def __init__(self, task: str, rank: int, cause: str) -> None:
+        super().__init__(
+            f"process {rank} could not {task} with the others: one has ended or does not answer. "
+            "Look for its own error above or in its log; then start all again, from the last "
+            f"checkpoint if there is one. torch says: {cause}"
+        )
+
+
 class MissingExtraError(ReDiFError, ImportError):
     """An optional dependency is not installed.
 

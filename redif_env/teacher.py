@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from . import parallel
 from .code_key import own_code
 from .codec import Codec
 from .denoiser import Denoiser
@@ -324,6 +325,7 @@ class TeacherBank:
         """Load the bank from the cache, or ask the teacher and fill the cache.
 
         Noise and classes are drawn on the CPU, so that a seed means the same tasks on any device.
+        Of several processes all must call it: each asks the teacher for a share, and all get all.
 
         Args:
             teacher: Whose answers to keep.
@@ -350,16 +352,23 @@ class TeacherBank:
         key = f"{teacher.fingerprint()[:32]}-{split}-{seed}-{size}"
         path = cache_folder(cache_dir) / f"bank-{key}.safetensors"
         bank = _read(path, key)
-        if bank is not None:
+        parallel.check_same("teacher", key)
+        if parallel.all_true(bank is not None):
+            assert bank is not None
             return bank.to(teacher.device)
+        if parallel.world_size() > 1:
+            # Asked before the file is locked: who waits for a lock can not do its share.
+            bank = _ask(cls, teacher, size, split, seed, batch_size, progress)
         with cache_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             # Two processes that want the same bank: the second waits, then reads.
             with FileLock(f"{path}.lock"):
-                bank = _read(path, key)
-                if bank is None:
-                    bank = _ask(cls, teacher, size, split, seed, batch_size, progress)
+                cached = _read(path, key)
+                if cached is None:
+                    bank = bank or _ask(cls, teacher, size, split, seed, batch_size, progress)
                     _write(path, bank, key)
+        bank = bank or cached
+        assert bank is not None
         return bank.to(teacher.device)
 
 
@@ -385,13 +394,18 @@ def _ask(
     generator = torch.Generator().manual_seed(split_seed(seed, split))
     x_T = teacher.denoiser.initial_noise(size, generator)
     condition = teacher.denoiser.initial_condition(size, generator)
-    answers = []
-    batches = range(0, size, batch_size)
-    for start in tqdm(batches, f"teacher's answers ({split})", disable=not progress):
-        rows = slice(start, start + batch_size)
-        classes = None if condition is None else condition[rows].to(teacher.device)
-        answers.append(teacher.sample(x_T[rows].to(teacher.device), classes).cpu())
-    teacher_x_0 = torch.cat(answers)
+
+    def answer(share: Any) -> tuple[Tensor]:
+        noise, known = x_T[share], None if condition is None else condition[share]
+        answers = []
+        batches = range(0, len(noise), batch_size)
+        for start in tqdm(batches, f"teacher's answers ({split})", disable=not progress):
+            rows = slice(start, start + batch_size)
+            classes = None if known is None else known[rows].to(teacher.device)
+            answers.append(teacher.sample(noise[rows].to(teacher.device), classes).cpu())
+        return (torch.cat(answers),)
+
+    (teacher_x_0,) = parallel.in_shares(answer, size)
     if not bool(teacher_x_0.isfinite().all()):
         raise InvalidArgumentError(
             "teacher",

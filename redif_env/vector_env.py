@@ -100,6 +100,9 @@ class ReDiFVectorEnv(VectorEnv):
         bank: Tasks to use; default: `TeacherBank.build` with the next three.
         bank_size, split, bank_seed: Of the bank that is built, at the first reset.
         seed: Seed until `reset(seed=...)` gives another; drawn when None.
+        shard: `(index, count)`, such as `parallel.shard()`: build only this one of `count` equal
+            parts of the `num_envs` rows. With one seed the parts play the tasks of the whole, row
+            for row.
         device: Where everything lives; default: the teacher's device when it is a `Teacher`.
         render_mode: `"rgb_array"` or None.
 
@@ -139,6 +142,7 @@ class ReDiFVectorEnv(VectorEnv):
         split: str = "train",
         bank_seed: int = 0,
         seed: int | None = None,
+        shard: tuple[int, int] = (0, 1),
         device: str | torch.device | None = None,
         render_mode: str | None = None,
     ) -> None:
@@ -150,6 +154,8 @@ class ReDiFVectorEnv(VectorEnv):
                 group_size,
                 f"pass a divisor of {num_envs=}, so that groups are whole.",
             )
+        self.shard = _check_shard(shard, self.num_envs, self.group_size)
+        self.num_envs //= self.shard[1]
         if render_mode not in (None, "rgb_array"):
             raise InvalidArgumentError("render_mode", render_mode, "pass 'rgb_array' or None.")
         self.render_mode = render_mode
@@ -394,8 +400,10 @@ class ReDiFVectorEnv(VectorEnv):
 
     def _draw(self) -> Tensor:
         """Rows of the bank for each slot's next episode, int64 `(N,)`; counts the episode."""
-        groups = torch.arange(self.num_envs, device=self.device) // self.group_size
-        number = self._episodes * (self.num_envs // self.group_size) + groups
+        index, count = self.shard
+        own = self.num_envs // self.group_size
+        groups = torch.arange(self.num_envs, device=self.device) // self.group_size + index * own
+        number = self._episodes * (own * count) + groups
         self._episodes = self._episodes + 1
         return task_hash(number, self._seed) % len(self.bank)
 
@@ -578,6 +586,24 @@ def _resolve_schedule(
         return schedules.make_grid(grid, noise, num_steps or len(grid) - 1), len(grid) - 1
     steps = num_steps or DEFAULT_NUM_STEPS
     return (None if spec == FREE else schedules.make_grid(spec, noise, steps)), steps
+
+
+def _check_shard(shard: tuple[int, int], num_envs: int, group_size: int) -> tuple[int, int]:
+    """The part of the rows that is built; parts are equal, and groups are whole."""
+    try:
+        index, count = (check_integer("shard", part, 0) for part in shard)
+    except (TypeError, ValueError):
+        index, count = 0, 0
+    if not index < count:
+        raise InvalidArgumentError("shard", shard, "pass (index, count), with index < count.")
+    if num_envs % (group_size * count):
+        raise InvalidArgumentError(
+            "num_envs",
+            num_envs,
+            f"pass a multiple of {group_size * count}, so that each of {count} processes has as "
+            f"many groups of {group_size}.",
+        )
+    return index, count
 
 
 def _check_free(

@@ -12,6 +12,7 @@ LAYERS = (
     "errors",
     "files",
     "untrusted",
+    "parallel",
     "noise",
     "transition",
     "conditions",

@@ -1,0 +1,336 @@
+"""Two processes train one student as one process would: gloo on the CPU."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import parallel_worker
+import pytest
+import torch
+from parallel_worker import (
+    CASES,
+    GROUP,
+    NUM_ENVS,
+    gradients,
+    in_double,
+    learn,
+    make_agent,
+    make_env,
+)
+
+import agents
+from agents import ReDiFPPO, compatibility
+from benchmarks import scaling
+from redif_env import ReDiFVectorEnv, TeacherBank, load_denoiser, parallel
+from redif_env.errors import InvalidArgumentError, MissingExtraError
+
+ROOT = Path(agents.__file__).parents[1]
+PATIENCE = 600  # seconds until the test gives up on processes that wait for each other
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def environment(**more: object) -> dict[str, str]:
+    inherited = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **os.environ}
+    return {**inherited, **{name: str(value) for name, value in more.items()}}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Two processes that ran `parallel_worker.py`: their folder, exit codes and errors."""
+    folder = tmp_path_factory.mktemp("pair")
+    port, command = free_port(), [sys.executable, parallel_worker.__file__, str(folder)]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2}
+    shared |= {"LOCAL_WORLD_SIZE": 2, "REDIF_CACHE": folder / "cache"}
+    processes = [
+        subprocess.Popen(
+            command,
+            env=environment(RANK=rank, LOCAL_RANK=rank, **shared),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [process.communicate(timeout=PATIENCE) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for rank in range(2):
+        assert (folder / f"done-{rank}.pt").exists(), outputs[rank][1]
+    return folder, [process.returncode for process in processes], outputs
+
+
+def left(pair, name):
+    """What each of the two left under a name."""
+    return [torch.load(pair[0] / f"{name}-{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.fixture
+def whole_bank(pair, monkeypatch):
+    """The cache that the pair filled, in which one process finds the same bank."""
+    monkeypatch.setenv("REDIF_CACHE", str(pair[0] / "cache"))
+
+
+def test_the_bank_is_that_of_one_process(pair, tmp_path):
+    ours, theirs = left(pair, "bank")
+    assert torch.equal(ours, theirs)
+    alone = TeacherBank.build(make_env().teacher, parallel_worker.BANK, cache_dir=tmp_path)
+    torch.testing.assert_close(ours, alone.teacher_x_0, rtol=0, atol=1e-5)
+
+
+def test_the_shares_of_tasks_make_up_those_of_one_process(pair, whole_bank, tmp_path):
+    first, second = left(pair, "tasks")
+    parallel_worker.tasks(tmp_path)
+    alone = torch.load(tmp_path / "tasks-0.pt", weights_only=True)
+    for ours, theirs, whole in zip(first, second, alone, strict=True):
+        assert torch.equal(torch.cat([ours, theirs]), whole)
+        assert not torch.equal(ours, theirs)
+        assert torch.equal(whole[::GROUP].repeat_interleave(GROUP), whole)
+
+
+def replay(model: ReDiFPPO, state, rollouts, last):
+    """The gradient of an agent on the last of rollouts that others made, and their advantages.
+
+    The advantages are its own; the gradient is with the others', which differ by rounding.
+    """
+    in_double(model).policy.load_state_dict(state)
+    buffer = model.rollout_buffer
+    for stored in rollouts:
+        buffer._store = {n: v for n, v in stored.items() if n not in ("advantages", "returns")}
+        buffer.compute_returns_and_advantage(*last)
+    advantages = buffer["advantages"]
+    buffer._store["advantages"] = rollouts[-1]["advantages"]
+    (batch,) = buffer.get()
+    model._add_gradients(batch, 0.2, None)
+    return gradients(model), advantages
+
+
+def union(parts):
+    """Rollouts of two processes side by side, and what followed them."""
+    rollouts = [
+        {name: torch.cat([ours[name], theirs[name]], 1) for name in ours}
+        for ours, theirs in zip(*(part["rollouts"] for part in parts), strict=True)
+    ]
+    last = zip(*(part["last"] for part in parts), strict=True)
+    return rollouts, tuple(map(torch.cat, last))
+
+
+def distance(actual, expected) -> float:
+    """Of tensors by name, relative to the norm of those that are expected."""
+
+    def flat(tensors):
+        return torch.cat([tensors[name].double().flatten() for name in expected])
+
+    return float((flat(actual) - flat(expected)).norm() / flat(expected).norm())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_averaged_gradient_is_that_of_one_process_on_all_rows(pair, whole_bank, name):
+    parts = left(pair, name)
+    first, second = (part["gradients"] for part in parts)
+    assert all(torch.equal(first[weight], second[weight]) for weight in first)
+    rollouts, last = union(parts)
+    expected, advantages = replay(make_agent(**CASES[name]), parts[0]["policy"], rollouts, last)
+    assert distance({"": rollouts[-1]["advantages"]}, {"": advantages}) < 5e-6
+    assert set(first) == set(expected)
+    assert distance(first, expected) < 1e-6
+    # The first process's rows alone have another gradient, and other advantages, unless those are
+    # whitened later.
+    half = make_agent(make_env(shard=(0, 2)), **CASES[name])
+    own, advantages = replay(half, parts[0]["policy"], parts[0]["rollouts"], parts[0]["last"])
+    together = parts[0]["rollouts"][-1]["advantages"]
+    assert (distance({"": advantages}, {"": together}) > 1e-2) == (name != "critic")
+    assert distance(own, expected) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["trained", "learned"])
+def test_all_processes_have_one_student_after_training(pair, name):
+    first, second = left(pair, name)
+    assert all(torch.equal(first["policy"][key], second["policy"][key]) for key in first["policy"])
+    states = (run["optimizer"]["state"] for run in (first, second))
+    for ours, theirs in zip(*(state.values() for state in states), strict=True):
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    for key in ("updates", "n_updates", "num_timesteps", "lr_divisor", "gap", "reward"):
+        assert first[key] == second[key], key
+    assert torch.equal(first["order"], second["order"])
+    assert first["num_timesteps"] == 3 * NUM_ENVS * len(parallel_worker.GRID)
+    assert 3 < first["updates"] < 3 * 3 * 2  # some were left out, as the KL grew too large
+    assert first["lr_divisor"] != 1
+    # They act with noise of their own.
+    assert not torch.equal(first["noise"], second["noise"])
+
+
+def test_figures_are_those_of_all_rows(pair):
+    runs = left(pair, "trained")
+    groups = torch.cat([run["error"] for run in runs]).unflatten(0, (-1, GROUP))
+    assert runs[0]["gap"] == pytest.approx(float(groups.mean(1).square().mean().sqrt()), rel=1e-5)
+    rewards = torch.cat([run["rewards"] for run in runs], 1)
+    assert runs[0]["reward"] == pytest.approx(float(rewards.mean()), rel=1e-5)
+    assert float(runs[0]["rewards"].mean()) != pytest.approx(runs[0]["reward"], rel=1e-3)
+
+
+def test_what_was_trained_together_goes_on_alone(pair, whole_bank):
+    """The weights that the first process saved are all that must be known."""
+    model = ReDiFPPO.load(pair[0] / "trained-saved.zip", env=make_env())
+    (first, _) = left(pair, "trained")
+    assert all(torch.equal(first["policy"][k], v) for k, v in model.policy.state_dict().items())
+    learn(model, 1)
+
+
+def test_a_loss_that_is_not_finite_in_one_process_is_skipped_by_all(pair):
+    for run in left(pair, "finite"):
+        assert run == {"skipped": 1, "moved": False}
+
+
+def test_a_wrong_ratio_in_one_process_stops_all(pair):
+    for message in left(pair, "ratio"):
+        assert "before the first update" in message
+
+
+def test_a_killed_process_ends_the_run_and_leaves_a_checkpoint(pair, whole_bank):
+    folder, codes, outputs = pair
+    assert codes[1] == -9
+    assert codes[0] == 1
+    last = outputs[0][1].rstrip().splitlines()
+    assert any("LostProcessError: process 0 could not" in line for line in last)
+    model = ReDiFPPO.load(folder / "checkpoint.zip", env=make_env())
+    assert model.rollouts in (2, 3)
+    learn(model, 1)
+
+
+def test_the_second_process_is_silent(pair):
+    folder, _, outputs = pair
+    assert outputs[1][0] == ""
+    assert list(folder.glob("log-trained-0/**/events*"))
+    assert not list(folder.glob("log-trained-1"))
+
+
+def test_one_process_is_left_alone():
+    values, gradient = torch.arange(6.0).reshape(3, 2), torch.ones(2)
+    assert parallel.shard() == (0, 1)
+    assert parallel.is_main()
+    assert parallel.share(7) == 7
+    for function in (parallel.mean, parallel.total, parallel.gather):
+        assert function(values) is values
+    assert torch.equal(parallel.std(values), values.std())
+    weight = torch.zeros(2, requires_grad=True)
+    weight.grad = gradient
+    assert parallel.average_gradients([weight], {"loss": values})["loss"] is values
+    assert weight.grad is gradient
+    (seen,) = parallel.in_shares(lambda rows: (values[rows],), 3)
+    assert seen.data_ptr() == values.data_ptr()
+
+
+def test_processes_need_accelerate(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(MissingExtraError, match=r"pip install redif\[accelerate\]"):
+        parallel.start("cpu")
+
+
+@pytest.mark.parametrize(
+    ("shard", "argument"),
+    [((2, 2), "shard"), ((-1, 2), "shard"), ((0, 0), "shard"), (3, "shard"), ((0, 3), "num_envs")],
+)
+def test_shares_that_make_no_sense_are_refused(teacher, shard, argument):
+    with pytest.raises(InvalidArgumentError) as error:
+        ReDiFVectorEnv(8, teacher, group_size=4, shard=shard)
+    assert error.value.argument == argument
+
+
+def test_other_environments_are_refused(make_env, monkeypatch):
+    env = make_env()
+    compatibility.check_parallel(env)
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    monkeypatch.setattr(parallel, "rank", lambda: 0)
+    with pytest.raises(InvalidArgumentError, match="shard="):
+        compatibility.check_parallel(env)
+    with pytest.raises(InvalidArgumentError, match="shard="):
+        compatibility.check_parallel(None)
+    with pytest.raises(InvalidArgumentError, match="equally long"):
+        compatibility.check_parallel(make_env(schedule="free", num_steps=3, shard=(0, 2)))
+    compatibility.check_parallel(make_env(shard=(0, 2)))
+
+
+def test_seeds_of_processes_are_their_own(monkeypatch):
+    monkeypatch.setattr(parallel, "rank", lambda: 1)
+    second = parallel.own_seed(0, 5)
+    monkeypatch.undo()
+    assert (
+        len({second, parallel.own_seed(0, 5), parallel.own_seed(0), parallel.own_seed(1, 5)}) == 4
+    )
+
+
+def test_gradients_go_in_parts_of_one_dtype(monkeypatch):
+    monkeypatch.setattr(parallel, "BUCKET", 5)
+    sizes = [(3, torch.float32), (2, torch.float32), (9, torch.float32), (4, torch.bfloat16)]
+    tensors = [torch.zeros(size, dtype=dtype) for size, dtype in sizes]
+    buckets = [[len(tensor) for tensor in bucket] for bucket in parallel._buckets(tensors)]
+    assert buckets == [[3, 2], [9], [4]]
+
+
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TINY = [
+    *("--num-steps", "2", "--schedule", "850,300", "--iterations", "2", "--num-envs", "16"),
+    *("--bank-size", "64", "--num-held-out", "100"),
+]
+
+
+@pytest.mark.slow
+def test_torchrun_trains_one_student(tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", *TORCHRUN, str(ROOT / "examples/distill.py")]
+    done = subprocess.run(
+        [*command, *TINY, "--out", str(out)],
+        env=environment(REDIF_CACHE=tmp_path / "cache"),
+        capture_output=True,
+        text=True,
+        timeout=3 * PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("on held-out noise") == 1
+    report = json.loads((out / "summary.json").read_text())
+    assert report["processes"] == 2
+    assert report["trajectories"] == 32
+    assert report["held_out"]["student"]["paired_mse"] < report["held_out"]["ddim"]["paired_mse"]
+    load_denoiser(out / "student")
+
+
+@pytest.mark.slow
+def test_shares_that_do_not_divide_are_refused_before_anything_is_written(tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", *TORCHRUN, str(ROOT / "examples/distill.py")]
+    done = subprocess.run(
+        [*command, "--num-envs", "6", "--out", str(out)],
+        env=environment(REDIF_CACHE=tmp_path / "cache"),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "num_envs=6: pass a multiple of 4" in done.stderr
+    assert not out.exists()
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures_both_kinds_of_scaling(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("REDIF_CACHE", str(tmp_path))
+    args = scaling.Args(num_envs=8, num_steps=1, iterations=2, repeats=1, device="cpu")
+    medians = scaling.main(args)
+    assert set(medians) == {"one process", "strong", "weak"}
+    for seconds, cpu, weights in medians.values():
+        assert seconds > 0 < cpu
+        assert weights == medians["one process"][2] > 100_000
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in medians)
