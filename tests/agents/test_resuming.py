@@ -272,6 +272,15 @@ def test_a_signal_finishes_the_iteration_saves_and_exits(
     assert_same_run(result, out, straight)
 
 
+@pytest.fixture
+def usual_sigint():
+    """Python's own handler: a shell's background processes are born ignoring SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("usual_sigint")
 def test_a_second_signal_has_its_usual_effect():
     with pytest.raises(KeyboardInterrupt), postponed_signals() as received:  # noqa: PT012
         signal.raise_signal(signal.SIGINT)
