@@ -71,7 +71,7 @@ def planned(args: Args, runs: Runs) -> list:
     methods = args.methods or taking_part(runs.task)
     if args.tune:
         return plan_trials(methods, args.num_steps[0], args.budget)
-    return plan(methods, args.num_steps, args.seeds, args.budget)
+    return plan(methods, args.num_steps, args.seeds, args.budget, args.task)
 
 
 def main(args: Args) -> None:

@@ -24,7 +24,7 @@ from redif_env.files import replacing, write_text
 from ..baselines import Ledger, Result
 from ..comparison import measure
 from ..distillation import versions
-from .entrants import CHOSEN, ENTRANTS, GRID, TRIALS, UNIFORM, Entrant, solve
+from .entrants import ENTRANTS, GRID, TRIALS, UNIFORM, Entrant, chosen, solve
 from .tasks import Task
 
 SAMPLES = "x_0"
@@ -62,9 +62,15 @@ class Run:
 
 
 def plan(
-    methods: Iterable[str], num_steps: Iterable[int], seeds: Iterable[int], budget: int
+    methods: Iterable[str],
+    num_steps: Iterable[int],
+    seeds: Iterable[int],
+    budget: int,
+    task: str = "digits",
 ) -> list[Run]:
     """Runs, all methods of a seed before the next seed, so that an early stop is fair.
+
+    Settings are those that were chosen for `task`.
 
     Raises:
         InvalidArgumentError: for an unknown method.
@@ -75,7 +81,7 @@ def plan(
         for number in steps:
             for name in methods:
                 if ENTRANTS[name].train is not None:
-                    runs.append(Run(name, number, seed, budget, CHOSEN.get(name, {})))
+                    runs.append(Run(name, number, seed, budget, chosen(name, task)))
                 elif place == 0:
                     runs.append(Run(name, number, 0, 0))
     return runs

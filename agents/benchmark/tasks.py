@@ -244,9 +244,10 @@ def _blind_reward() -> Reward:
 
 
 IMAGES = "images"
+MIXTURE = "mixture"
 BLIND = "digits-blind"
 TASKS: dict[str, Callable[..., tuple[Teacher, Denoiser | None]]] = {
-    "mixture": _mixture,
+    MIXTURE: _mixture,
     "digits": _digits,
     "digits-unconditional": _unconditional_digits,
     "digits-quarter": _quarter_digits,

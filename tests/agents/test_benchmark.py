@@ -57,6 +57,7 @@ def quick(monkeypatch):
         for name in entrants_module.METHODS
     }
     monkeypatch.setattr(entrants_module, "CHOSEN", {**entrants_module.CHOSEN, **small})
+    monkeypatch.setattr(entrants_module, "CHOSEN_ON", {})
 
 
 def make_runs(task, folder):
@@ -194,9 +195,16 @@ def test_trials_are_as_many_for_every_method():
     numbers = {len(trials) for trials in entrants_module.TRIALS.values()}
     assert numbers == {4}
     assert set(entrants_module.TRIALS) == {*entrants_module.METHODS, OURS}
-    for name, settings in entrants_module.CHOSEN.items():
-        if name in entrants_module.TRIALS:
-            assert settings in entrants_module.TRIALS[name]
+    for choice in (entrants_module.CHOSEN, *entrants_module.CHOSEN_ON.values()):
+        for name, settings in choice.items():
+            if name in entrants_module.TRIALS:
+                assert settings in entrants_module.TRIALS[name]
+    digits, mixture = (
+        plan(["consistency", "ddpo"], [2], [0], BUDGET, name) for name in ("digits", "mixture")
+    )
+    assert "grid" in digits[0].settings
+    assert "grid" not in mixture[0].settings
+    assert digits[1] == mixture[1]
     assert len(plan_trials([OURS, "ddim"], 2, BUDGET)) == 4
 
 
