@@ -98,7 +98,10 @@ def main(args: Args) -> list[Row]:
         print(f"{row.name:24}{row.against:24}{1e3 * row.seconds:10.2f} ms{row.ratio:8.3f}")
     print(args, torch.get_num_threads(), "threads, torch", torch.__version__)
     if args.out is not None:
-        content = {"ratios": [row._asdict() for row in rows], "args": vars(args)}
+        content = {
+            "ratios": [row._asdict() for row in rows],
+            "args": {k: v for k, v in vars(args).items() if k != "out"},
+        }
         args.out.write_text(json.dumps(content, indent=1, default=str) + "\n")
     return rows
 
