@@ -290,6 +290,7 @@ def distill(
                 start,
                 folder,
             )
+            spent["warm_up"] *= parallel.world_size()  # each process does all of it
         began_at = timesteps
         agent: ReDiFPPO | None = None
         if method == PPO:

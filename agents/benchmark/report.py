@@ -190,7 +190,7 @@ def _opening(runs: Runs, compared: Mapping[int, Any]) -> str:
         for name, own in found["methods"].items()
         if ENTRANTS[name].train is not None
     ]
-    warning = " **Trained with one seed: intervals say nothing of another training.**"
+    warning = " **Rows of one seed: their intervals say nothing of another training.**"
     return (
         f"# {runs.task.name}\n\n"
         f"Means over seeds with {first['level']:.0%} intervals; {first['num_samples']} test tasks. "
