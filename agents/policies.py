@@ -20,7 +20,7 @@ from redif_env.errors import InvalidArgumentError, check_choice, check_number
 from redif_env.loading import build_from_description, can_describe, describe, load_denoiser
 from redif_env.schedules import explicit
 from redif_env.teacher import Teacher
-from redif_env.transition import EXPLORATION_MEANS, Gaussian
+from redif_env.transition import EXPLORATION_MEANS, GAUSSIAN, NOISES, RADEMACHER, Gaussian
 
 from .averaging import update_average
 from .choices import Choice, ScheduleHead, make_head
@@ -83,6 +83,8 @@ class StudentPolicy(ActorCriticPolicy):
         eta: Noise factor of the kernel while exploring, in [0, 1].
         min_std: Smallest standard deviation while exploring, in latent units; > 0.
         exploration_mean: `"ode"` or `"sde"`, see `redif_env.transition.exploration`.
+        exploration_noise: `"gaussian"`, or `"rademacher"` for noise of one size, see
+            `redif_env.transition.unit_noise`: gradients of less variance at no cost.
         reference: Whether to keep a frozen copy of the student that training starts from.
         lora_rank: Rank of adapters that are trained in place of the weights, which the student, its
             average and the reference then share; None trains all weights. See `lora`.
@@ -128,6 +130,7 @@ class StudentPolicy(ActorCriticPolicy):
         eta: float = 0.1,
         min_std: float = 0.02,
         exploration_mean: str = "ode",
+        exploration_noise: str = GAUSSIAN,
         reference: bool = False,
         lora_rank: int | None = None,
         lora_targets: Sequence[str] | None = None,
@@ -151,6 +154,13 @@ class StudentPolicy(ActorCriticPolicy):
         self.exploration_mean = check_choice(
             "exploration_mean", exploration_mean, EXPLORATION_MEANS
         )
+        self.exploration_noise = check_choice("exploration_noise", exploration_noise, NOISES)
+        if learn_std and exploration_noise == RADEMACHER:
+            raise InvalidArgumentError(
+                "exploration_noise",
+                exploration_noise,
+                "pass 'gaussian' with learn_std: noise of one size says nothing about the std.",
+            )
         self.settings: dict[str, Any] = {
             "student": student,
             "timesteps": [float(t) for t in timesteps],
@@ -313,7 +323,11 @@ class StudentPolicy(ActorCriticPolicy):
 
         def step(s: Tensor) -> KernelDistribution:
             kernel = KernelDistribution(
-                denoiser.schedule, self.eta, self.min_std, self.exploration_mean
+                denoiser.schedule,
+                self.eta,
+                self.min_std,
+                self.exploration_mean,
+                self.exploration_noise,
             )
             return kernel.proba_distribution(x_t, x0_pred, t, s, scale)
 
@@ -410,6 +424,7 @@ class StudentPolicy(ActorCriticPolicy):
             "eta": self.eta,
             "min_std": self.min_std,
             "exploration_mean": self.exploration_mean,
+            "exploration_noise": self.exploration_noise,
             "optimizer_class": self.optimizer_class,
             "optimizer_kwargs": self.optimizer_kwargs,
             **self.settings,
