@@ -158,7 +158,7 @@ def _discriminator(task: Task) -> Reward:
 
 
 OURS = "ours"
-GROUPS_OF_8 = f"{OURS}-groups-of-8"
+GAUSSIAN = f"{OURS}-gaussian"
 ENTRANTS: dict[str, Entrant] = {
     **{name: Entrant("solver", solver=name, searched=False) for name in SOLVERS},
     **{
@@ -170,10 +170,7 @@ ENTRANTS: dict[str, Entrant] = {
     OURS: _ours(),
     f"output_regression+{OURS}": _warm("output_regression"),
     f"progressive+{OURS}": _warm("progressive"),
-    # Four pairs a state cost hardly more than one, and say where to go in a single pass.
-    GROUPS_OF_8: _ours(
-        group_size=8, num_envs=2048, batch_size=1024, n_epochs=1, learning_rate=1e-3
-    ),
+    GAUSSIAN: _ours(exploration_noise="gaussian"),
     f"{OURS}-times": _ours(learned=True),
     f"{OURS}-adaptive": Entrant("ours", _adaptive),
     f"{OURS}-mmd": _ours(_mmd),
@@ -198,7 +195,7 @@ def taking_part(task: Task) -> tuple[str, ...]:
             for name, entrant in ENTRANTS.items()
             if name != SURROGATE and not (entrant.train is None and entrant.solver in unfit)
         )
-    raising = (OURS, GROUPS_OF_8, "grpo", "ddpo", SURROGATE)
+    raising = (OURS, GAUSSIAN, "grpo", "ddpo", SURROGATE)
     return ("ddim+search", "output_regression", "backprop", *raising)
 
 
@@ -257,13 +254,13 @@ TRIALS: dict[str, Sequence[Settings]] = {
 }
 # The best by paired MSE; of distribution matching, which pairs nothing, by Frechet distance.
 CHOSEN: dict[str, Settings] = {
-    "output_regression": {"learning_rate": 5e-4},
-    "trajectory_regression": {"teacher_steps": 12, "learning_rate": 5e-4},
-    "progressive": {"grid": UNIFORM, "learning_rate": 5e-4},
+    "output_regression": {"learning_rate": 2e-4, "batch_size": 32},
+    "trajectory_regression": {"teacher_steps": 12, "learning_rate": 2e-4, "batch_size": 32},
+    "progressive": {"grid": UNIFORM, "learning_rate": 2e-4, "batch_size": 32},
     "consistency": {"grid": UNIFORM, "learning_rate": 1e-3},
     "distribution_matching": {"batch_size": 64, "fake_updates": 2, "learning_rate": 5e-5},
-    "backprop": {"learning_rate": 2e-4},
-    OURS: {"learning_rate": 2e-4},
+    "backprop": {"learning_rate": 1e-4, "batch_size": 32},
+    OURS: {"learning_rate": 1e-4, "batch_size": 64},
     f"progressive+{OURS}": {"grid": UNIFORM},
     # Those of benchmarks/schedules.py.
     f"{OURS}-adaptive": {
@@ -285,14 +282,18 @@ CHOSEN_ON: dict[str, dict[str, Settings]] = {
         "progressive": {"learning_rate": 5e-4},
         "consistency": {"learning_rate": 5e-4},
         "backprop": {"learning_rate": 1e-3},
-        OURS: {"group_size": 8, "num_envs": 2048, "batch_size": 1024, "learning_rate": 5e-4},
         f"progressive+{OURS}": {},
     }
 }
 
 
+# Ours with something changed: with the settings of ours.
+VARIANTS = (GAUSSIAN, f"{OURS}-times", f"{OURS}-mmd", f"{OURS}-discriminator")
+
+
 def chosen(method: str, task: str) -> Settings:
     """A method's settings on a task."""
+    method = OURS if method in VARIANTS else method
     own = CHOSEN_ON.get(task, {})
     return own[method] if method in own else CHOSEN.get(method, {})
 

@@ -14,12 +14,12 @@ from redif_env.files import replacing, write_json, write_text
 
 from ..comparison import weigh
 from ..pictures import columns, save_samples
-from .entrants import ENTRANTS, GROUPS_OF_8, OURS
+from .entrants import ENTRANTS, OURS
 from .runs import Run, Runs
 from .tasks import REWARD
 
 # Of ours, those that the others are compared with, in this order.
-HEADLINE = (OURS, GROUPS_OF_8)
+HEADLINE = (OURS,)
 RANKED = (REWARD, "paired_mse", "frechet", "sliced_wasserstein")  # for verdicts
 TITLES = {
     REWARD: "reward",

@@ -225,7 +225,7 @@ def test_a_run_that_another_process_is_at_is_left_to_it(task, tmp_path):
 
 def test_trials_are_as_many_for_every_method():
     numbers = {len(trials) for trials in entrants_module.TRIALS.values()}
-    assert numbers == {4}
+    assert numbers == {8}
     assert set(entrants_module.TRIALS) == {*entrants_module.METHODS, OURS}
     for choice in (entrants_module.CHOSEN, *entrants_module.CHOSEN_ON.values()):
         for name, settings in choice.items():
@@ -237,7 +237,7 @@ def test_trials_are_as_many_for_every_method():
     assert "grid" in digits[0].settings
     assert "grid" not in mixture[0].settings
     assert digits[1] == mixture[1]
-    assert len(plan_trials([OURS, "ddim"], 2, BUDGET)) == 4
+    assert len(plan_trials([OURS, "ddim"], 2, BUDGET)) == 8
 
 
 @pytest.mark.usefixtures("quick")
