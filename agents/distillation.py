@@ -137,7 +137,7 @@ def distill(
 
     In a script that `torchrun` or `accelerate launch` starts several times, the processes train one
     student together, see docs/scaling.md: each must call this with the same arguments. All return;
-    the first one writes, logs and shows progress.
+    the first one writes, logs and shows progress. A run can be resumed with another number of them.
 
     Args:
         teacher: Bundled name, diffusers folder, or `Teacher`.
@@ -219,8 +219,9 @@ def distill(
         default = teacher.device if isinstance(teacher, Teacher) else "cpu"
         device = str(parallel.start(device or default))
         check_choice("method", method, (PPO,))  # the others train on one process
-        if resume:  # a checkpoint has the environments of one process alone
-            raise InvalidArgumentError("resume", resume, "go on with a run in a single process.")
+        saving = f"{resume} ({checkpoint_every=}, out {'missing' if out is None else 'given'})"
+        parallel.check_same("resume", saving)
+    run_folder = folder  # in all processes, to save and resume together
     if not parallel.is_main():
         folder, progress = None, False
     teacher = _as_teacher(teacher, device)
@@ -288,9 +289,8 @@ def distill(
                     teacher, banks.train, timesteps, start=start, **options
                 ),
                 start,
-                folder,
+                run_folder,
             )
-            spent["warm_up"] *= parallel.world_size()  # each process does all of it
         began_at = timesteps
         agent: ReDiFPPO | None = None
         if method == PPO:
@@ -303,7 +303,7 @@ def distill(
             code = {**versions(), "source": resuming.source_digest(), "bank": banks.train.digest()}
             about = {"config": config, "code": code}
             with resuming.saving(
-                agent, held_out, folder, checkpoint_every, resume, started, about
+                agent, held_out, run_folder, checkpoint_every, resume, started, about
             ) as (callbacks, resumed):
                 callbacks += [held_out]
                 callbacks += [ProgressBar(iterations, agent.rollouts)] if progress else []
@@ -412,7 +412,8 @@ def _check_out(out: str | Path | None, resume: bool) -> Path | None:
         if resume:
             raise InvalidArgumentError("resume", True, "pass out, the folder of the run.")
         return None
-    if resume and not Path(out).is_dir():
+    # Only the first process needs the folder: nodes need not share a disk.
+    if resume and parallel.rank_of_launcher() == 0 and not Path(out).is_dir():
         raise resuming.RunFolderError("out", str(out), "it is no folder: leave out resume.")
     if not resume and Path(out).exists():
         raise InvalidArgumentError("out", str(out), "it exists; choose another name or remove it.")

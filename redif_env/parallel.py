@@ -201,6 +201,42 @@ def average_gradients(
     return means
 
 
+def gather_bytes(data: bytes) -> list[bytes]:
+    """What each process passes, in the order of ranks, in the first one; nothing in the others."""
+    if world_size() == 1:
+        return [data]
+    device = _device()
+    sizes = gather(torch.tensor([len(data)], device=device)).tolist()
+    sent = torch.zeros(max(sizes), dtype=torch.uint8)
+    sent[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    sent = sent.to(device)
+    received = [torch.empty_like(sent) for _ in sizes] if is_main() else None
+    with _together("gather what each has"):
+        distributed.gather(sent, received)
+    parts = zip(received or [], sizes, strict=False)
+    return [part[:size].cpu().numpy().tobytes() for part, size in parts]
+
+
+def broadcast_bytes(data: bytes) -> bytes:
+    """What the first process passes."""
+    if world_size() == 1:
+        return data
+    size = torch.tensor([len(data)])
+    broadcast([size])
+    sent = torch.zeros(int(size), dtype=torch.uint8)
+    if is_main():
+        sent = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    broadcast([sent])
+    return sent.numpy().tobytes()
+
+
+def largest(number: int) -> int:
+    """The largest of all processes' numbers."""
+    if world_size() == 1:
+        return number
+    return int(gather(torch.tensor([number], device=_device())).max())
+
+
 def check_same(argument: str, value: str) -> None:
     """Refuse a value that processes disagree on.
 

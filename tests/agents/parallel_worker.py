@@ -4,20 +4,27 @@ Each leaves what it did in the folder, `NAME-RANK.pt`, for the test to compare. 
 second one is killed in the middle of a run.
 """
 
+import contextlib
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import small_runs
 import torch
+from small_runs import At, Killed, die
 from small_world import GRID, PLAIN_EXPLORATION, OnRolloutEnd
 
 from agents import ReDiFPPO
+from agents.distillation import Distillation
 from agents.ppo import RatioError
+from agents.resuming import Interrupted, agent_state, random_state
 from redif_env import ReDiFVectorEnv, TeacherBank, load_teacher, parallel
 
 NUM_ENVS, GROUP, BANK = 16, 4, 24
+RUN: dict[str, Any] = {"warm_up": 2, "gap_fraction": 0.5, "batch_size": 4}
 # Agents of all kinds of advantage, and of parts of a minibatch.
 CASES: dict[str, dict[str, Any]] = {
     "group": {},
@@ -164,17 +171,54 @@ def wrong_ratio(folder: Path) -> None:
     keep(folder, "ratio", message)
 
 
+def whole_run(
+    folder: Path, name: str, at: int = 0, action: Callable[[], Any] = die, resume: bool = False
+) -> Distillation:
+    """Distil a small teacher, and do something after a rollout; see `small_runs`."""
+    callback = At(at, action)
+    return small_runs.run(
+        folder / "teacher", folder / name, resume=resume, callback=callback, **RUN
+    )
+
+
+def outcome(run: Distillation) -> dict[str, Any]:
+    """All that training has led to in a process, without what depends on the clock."""
+    state = agent_state(run.model)
+    state["episodes"] = [{key: e[key] for key in ("r", "l")} for e in state["episodes"]]
+    report = {key: value for key, value in run.report.items() if "seconds" not in key}
+    return {"agent": state, "random": random_state(), "report": report}
+
+
+def interrupted_runs(folder: Path) -> None:
+    """A run that nothing interrupts, and others that go on after what did."""
+    keep(folder, "straight", outcome(whole_run(folder, "straight")))
+
+    with contextlib.suppress(Killed):
+        whole_run(folder, "died", 4)
+    keep(folder, "died", outcome(whole_run(folder, "died", resume=True)))
+
+    def signalled() -> None:
+        if parallel.rank() == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    try:
+        whole_run(folder, "signalled", 3, signalled)
+    except Interrupted as error:
+        keep(folder, "code", error.code)
+    keep(folder, "signalled", outcome(whole_run(folder, "signalled", resume=True)))
+
+    # One that a single process has begun.
+    keep(folder, "alone", outcome(whole_run(folder, "alone", resume=True)))
+
+
 def be_killed(folder: Path) -> None:
-    """Save after every rollout; the second process dies at its third."""
+    """The second process dies in the fourth iteration of a run that saves every second one."""
 
-    def save(model: ReDiFPPO) -> None:
-        if model.rollouts == 3 and parallel.rank() == 1:
+    def kill() -> None:
+        if parallel.rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        model.save(folder / "new.zip")
-        if parallel.is_main():
-            os.replace(folder / "new.zip", folder / "checkpoint.zip")
 
-    learn(make_agent(learning_rate=1e-4), 100, OnRolloutEnd(save))
+    whole_run(folder, "killed", 4, kill)
 
 
 def main(folder: Path) -> None:
@@ -189,6 +233,7 @@ def main(folder: Path) -> None:
     train(folder, "learned", free)
     no_finite_loss(folder)
     wrong_ratio(folder)
+    interrupted_runs(folder)
     keep(folder, "done", None)
     be_killed(folder)
 

@@ -2,13 +2,17 @@
 
 import json
 import os
+import random
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import parallel_worker
 import pytest
+import small_runs
 import torch
 from parallel_worker import (
     CASES,
@@ -19,10 +23,17 @@ from parallel_worker import (
     learn,
     make_agent,
     make_env,
+    outcome,
+    whole_run,
 )
+from small_runs import Killed
+from test_checkpoints import same
 
 import agents
 from agents import ReDiFPPO, compatibility
+from agents.callbacks import HeldOutEvaluation
+from agents.checkpoints import Checkpoints, pack, unpack
+from agents.resuming import agent_state, load_training
 from benchmarks import scaling
 from redif_env import ReDiFVectorEnv, TeacherBank, load_denoiser, parallel
 from redif_env.errors import InvalidArgumentError, MissingExtraError
@@ -49,6 +60,13 @@ def pair(tmp_path_factory):
     port, command = free_port(), [sys.executable, parallel_worker.__file__, str(folder)]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2}
     shared |= {"LOCAL_WORLD_SIZE": 2, "REDIF_CACHE": folder / "cache"}
+    shared |= {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REDIF_CACHE", str(folder / "cache"))
+        small_runs.write_teacher(folder / "teacher")
+        for name in ("alone", "alone too"):
+            with pytest.raises(Killed):
+                whole_run(folder, name, 4)
     processes = [
         subprocess.Popen(
             command,
@@ -196,15 +214,87 @@ def test_a_wrong_ratio_in_one_process_stops_all(pair):
         assert "before the first update" in message
 
 
-def test_a_killed_process_ends_the_run_and_leaves_a_checkpoint(pair, whole_bank):
+@pytest.mark.parametrize("name", ["died", "signalled"])
+def test_as_many_processes_go_on_bit_by_bit(pair, name):
+    for run, straight in zip(left(pair, name), left(pair, "straight"), strict=True):
+        for part in straight:
+            assert same(run[part], straight[part]), part
+    assert not same(*(run["random"] for run in left(pair, name)))  # each has its own
+    students = [(pair[0] / run / "student").rglob("*.safetensors") for run in (name, "straight")]
+    for ours, theirs in zip(*students, strict=True):
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_a_signal_to_one_process_saves_and_ends_all(pair):
+    assert left(pair, "code") == [128 + signal.SIGTERM] * 2
+    assert Checkpoints(pair[0] / "signalled/checkpoints").iterations()[-1] == 6
+    assert "SIGTERM: saved after iteration 3" in pair[2][0][1]
+
+
+def rows(parts):
+    """The environment's rows of processes, put together."""
+    whole = {name: value for name, value in parts[0].items() if name != "state"}
+    for name in ("tasks", "episodes"):
+        whole[name] = torch.cat([part[name] for part in parts])
+    names = [name for name, value in parts[0]["state"].items() if value is not None]
+    states = {name: torch.cat([part["state"][name] for part in parts]) for name in names}
+    return {**whole, "state": states}
+
+
+def test_two_processes_go_on_with_what_one_began(pair, whole_bank):
+    folder = pair[0]
+    assert "the checkpoint is of 1 process, and now there are 2" in pair[2][0][1]
+    assert "the checkpoint is of" not in pair[2][1][1]
+    first, second = left(pair, "alone")
+    agents = [run["agent"] for run in (first, second)]
+    for part in ("policy", "optimizer", "counters", "start", "training"):
+        assert same(*(agent[part] for agent in agents)), part
+    assert not same(first["random"], second["random"])
+    alone = outcome(whole_run(folder, "alone too", resume=True))
+    assert same(rows([alone["agent"]["env"]]), rows([agent["env"] for agent in agents]))
+    assert first["report"]["processes"] == 2
+    for part in ("ledger", "trajectories", "network_evaluations"):
+        assert first["report"][part] == alone["report"][part], part
+    ours, theirs = (run["report"]["history"] for run in (first, alone))
+    assert ours[0] == theirs[0]
+    assert ours[1]["paired_mse"] == pytest.approx(theirs[1]["paired_mse"], rel=1e-6)  # judged anew
+    assert [entry["iteration"] for entry in ours] == [entry["iteration"] for entry in theirs]
+    assert ours[-1]["paired_mse"] == pytest.approx(theirs[-1]["paired_mse"], rel=0.1)
+    assert not same(ours, theirs)
+
+
+def test_a_killed_process_ends_the_run_and_one_process_goes_on(pair, whole_bank):
     folder, codes, outputs = pair
     assert codes[1] == -9
     assert codes[0] == 1
     last = outputs[0][1].rstrip().splitlines()
     assert any("LostProcessError: process 0 could not" in line for line in last)
-    model = ReDiFPPO.load(folder / "checkpoint.zip", env=make_env())
-    assert model.rollouts in (2, 3)
-    learn(model, 1)
+    saved = Checkpoints(folder / "killed/checkpoints").newest()
+    assert saved is not None
+    assert saved[0] == 2
+    with pytest.warns(RuntimeWarning, match="is of 2 processes, and now there is 1"):
+        run = whole_run(folder, "killed", resume=True)
+    straight = left(pair, "straight")[0]["report"]
+    for part in ("ledger", "trajectories"):
+        assert run.report[part] == straight[part], part
+    before, after = (report["history"][:2] for report in (straight, run.report))
+    assert before[0] == after[0]
+    assert before[1]["paired_mse"] == pytest.approx(after[1]["paired_mse"], rel=1e-6)
+    assert before[1]["reward_exploring"] != after[1]["reward_exploring"]
+    # What it went on from.
+    model = run.model
+    generators = load_training(model, HeldOutEvaluation(model.env.env.unwrapped.bank), *saved)
+    state, expected = unpack(*pack(agent_state(model))), saved[1]["agent"]
+    for part in ("policy", "optimizer", "gap", "adaptive", "start", "training", "task_means"):
+        assert same(state[part], expected[part]), part
+    parts = [expected["env"], *(other["env"] for other in saved[1]["others"])]
+    assert same(rows([state["env"]]), rows(parts))
+    drawn = []
+    for _ in range(2):
+        generators.init_callback(model)
+        generators.on_training_start({}, {})
+        drawn.append((torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()))
+    assert drawn[0] == drawn[1]
 
 
 def test_the_second_process_is_silent(pair):
