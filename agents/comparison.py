@@ -88,8 +88,13 @@ class Features:
         return samples.flatten(1) if self.judge is None else self.judge(samples)
 
 
+# What a training's samples come to: by figure its value, a float64 scalar, and that of each
+# resample, float64 `(B,)`.
+Drawn = Mapping[str, tuple[Tensor, Tensor]]
+
+
 @dataclasses.dataclass(frozen=True)
-class _Bench:
+class Bench:
     """The yardstick as seen, and the resamples that methods share.
 
     Attributes:
@@ -110,6 +115,68 @@ class _Bench:
     reference_counts: Tensor
     generator: torch.Generator
     wanted: Sequence[str]
+
+    @classmethod
+    @torch.no_grad()
+    def prepare(
+        cls,
+        yardstick: Yardstick,
+        features: Features,
+        figures: Sequence[str],
+        num_resamples: int,
+        seed: int = 0,
+    ) -> Bench:
+        """Look at the yardstick once; the same arguments give the same resamples.
+
+        Args:
+            yardstick: What to measure against.
+            features: What to see through.
+            figures: Which of `FIGURES` to compute.
+            num_resamples: B.
+            seed: Of the resamples.
+        """
+        generator = torch.Generator().manual_seed(check_integer("seed", seed, 0))
+        device = yardstick.answers.device
+        inception = features.inception
+        return cls(
+            yardstick,
+            features,
+            features.see(yardstick.reference),
+            None if inception is None else inception(yardstick.reference),
+            resample(num_resamples, len(yardstick.answers), generator).to(device),
+            resample(num_resamples, len(yardstick.reference), generator).to(device),
+            generator,
+            figures,
+        )
+
+    @torch.no_grad()
+    def draw(
+        self, samples: Tensor, condition: Tensor | None, paired: bool, shares_tasks: bool
+    ) -> Drawn:
+        """The figures of one training's samples, and their bootstrap distributions.
+
+        Args:
+            samples: `(N, ...)`.
+            condition: Classes that were asked for, int64 `(N,)`, or None.
+            paired: Whether row i answers the task of row i of the yardstick's answers.
+            shares_tasks: Whether to draw the same resamples of rows as of others that do.
+        """
+        counts = self.task_counts
+        if not shares_tasks:
+            counts = resample(len(counts), counts.shape[1], self.generator).to(counts.device)
+        num, num_reference = counts.shape[1], self.reference_counts.shape[1]
+        found = {}
+        for name, statistic in statistics(_Sight(samples, condition, paired, self)).items():
+            figure = metrics.estimate(statistic, num, num_reference, counts.device)
+            found[name] = figure.cpu(), statistic(counts, self.reference_counts).cpu()
+        return found
+
+    @functools.cached_property
+    def floor(self) -> Drawn:
+        """The figures of the yardstick's own answers, which all methods share tasks with."""
+        return self.draw(
+            self.yardstick.answers, self.yardstick.condition, paired=False, shares_tasks=True
+        )
 
 
 @torch.no_grad()
@@ -165,17 +232,35 @@ def evaluate(
         check_choice("figures", name, FIGURES)
     _check_judge(features.judge, yardstick.answers.shape[1:])
     wanted = FIGURES if figures is None else figures
-    bench = _prepare(yardstick, features, num_resamples, seed, wanted)
-    floor = _draws(Method([yardstick.answers], yardstick.condition, paired=False), bench, True)
-    drawn = {name: _draws(method, bench, method.paired) for name, method in methods.items()}
+    bench = Bench.prepare(yardstick, features, wanted, num_resamples, seed)
+    drawn = {name: _draw_all(method, bench) for name, method in methods.items()}
+    return weigh(drawn, bench, focus, level)
+
+
+def weigh(
+    drawn: Mapping[str, Sequence[Drawn]],
+    bench: Bench,
+    focus: Sequence[str] | None = None,
+    level: float = 0.95,
+) -> dict[str, Any]:
+    """What `evaluate` returns, of what a bench drew.
+
+    Args:
+        drawn: What the bench drew of each training seed, by method.
+        bench: The bench.
+        focus: Methods to compare with all others; default: all with all.
+        level: Of the intervals.
+    """
+    base = _over_seeds([bench.floor])
+    methods = {name: _over_seeds(seeds) for name, seeds in drawn.items()}
     return {
-        "num_samples": len(yardstick.answers),
-        "num_reference": len(yardstick.reference),
+        "num_samples": len(bench.yardstick.answers),
+        "num_reference": len(bench.yardstick.reference),
         "level": level,
-        "num_resamples": num_resamples,
-        "floor": {name: dataclasses.asdict(each.interval(level)) for name, each in floor.items()},
-        "methods": {name: _described(own, floor, level) for name, own in drawn.items()},
-        "comparisons": _compare(drawn, floor, level, focus),
+        "num_resamples": len(bench.task_counts),
+        "floor": {name: dataclasses.asdict(each.interval(level)) for name, each in base.items()},
+        "methods": {name: _described(own, base, level) for name, own in methods.items()},
+        "comparisons": _compare(methods, base, level, focus),
     }
 
 
@@ -196,7 +281,7 @@ def measure(samples: Tensor, yardstick: Yardstick, features: Features) -> dict[s
     """
     _check({"samples": Method([samples])}, yardstick)
     _check_judge(features.judge, yardstick.answers.shape[1:])
-    bench = _prepare(yardstick, features, 1, 0, FIGURES)
+    bench = Bench.prepare(yardstick, features, FIGURES, 1)
     found = statistics(_Sight(samples, yardstick.condition, True, bench))
     sizes = len(samples), len(yardstick.reference), samples.device
     return {name: float(metrics.estimate(each, *sizes)) for name, each in found.items()}
@@ -231,7 +316,7 @@ class _Sight:
     samples: Tensor
     condition: Tensor | None
     paired: bool
-    bench: _Bench
+    bench: Bench
 
     @functools.cached_property
     def seen(self) -> Tensor:
@@ -316,47 +401,23 @@ def statistics(sight: _Sight) -> dict[str, Statistic]:
     return {name: statistic for name, statistic in found.items() if statistic is not None}
 
 
-def _prepare(
-    yardstick: Yardstick,
-    features: Features,
-    num_resamples: int,
-    seed: int,
-    wanted: Sequence[str],
-) -> _Bench:
-    generator = torch.Generator().manual_seed(check_integer("seed", seed, 0))
-    device = yardstick.answers.device
-    inception = features.inception
-    return _Bench(
-        yardstick,
-        features,
-        features.see(yardstick.reference),
-        None if inception is None else inception(yardstick.reference),
-        resample(num_resamples, len(yardstick.answers), generator).to(device),
-        resample(num_resamples, len(yardstick.reference), generator).to(device),
-        generator,
-        wanted,
-    )
+def _draw_all(method: Method, bench: Bench) -> list[Drawn]:
+    """Of each training seed of a method; unpaired samples have noise of their own."""
+    return [
+        bench.draw(samples, method.condition, method.paired, shares_tasks=method.paired)
+        for samples in method.samples
+    ]
 
 
-def _draws(method: Method, bench: _Bench, shares_tasks: bool) -> dict[str, Draws]:
-    """The bootstrap distribution of each figure of a method."""
-    counts = bench.task_counts
-    if not shares_tasks:
-        counts = resample(len(counts), counts.shape[1], bench.generator).to(counts.device)
-    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    num, num_reference = counts.shape[1], bench.reference_counts.shape[1]
-    for samples in method.samples:
-        sight = _Sight(samples, method.condition, method.paired, bench)
-        for name, statistic in statistics(sight).items():
-            figure = metrics.estimate(statistic, num, num_reference, counts.device)
-            values = statistic(counts, bench.reference_counts)
-            found.setdefault(name, []).append((figure.cpu(), values.cpu()))
-    return {name: _over_seeds(seeds, bench.generator) for name, seeds in found.items()}
-
-
-def _over_seeds(seeds: Sequence[tuple[Tensor, Tensor]], generator: torch.Generator) -> Draws:
-    figures, values = (torch.stack(parts) for parts in zip(*seeds, strict=True))
-    return Draws.of(figures, values, generator)
+def _over_seeds(seeds: Sequence[Drawn]) -> dict[str, Draws]:
+    """The distribution of each figure's mean over seeds."""
+    return {
+        name: Draws.of(
+            torch.stack([drawn[name][0] for drawn in seeds]),
+            torch.stack([drawn[name][1] for drawn in seeds]),
+        )
+        for name in seeds[0]
+    }
 
 
 def _described(

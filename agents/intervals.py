@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from scipy import optimize, special
 from torch import Tensor
 
 from redif_env.errors import InvalidArgumentError, check_integer, check_number
@@ -36,18 +37,27 @@ class Interval:
 
 @dataclasses.dataclass(frozen=True)
 class Draws:
-    """A figure and its bootstrap distribution; the difference of two is one again.
+    r"""A figure's distribution: resampled rows, and Student's t of training seeds.
+
+    The difference of two is one again. Its distribution function averages over the resamples
+    :math:`v_b`, so that no number of them limits how small a tail of seeds can be:
+
+    .. math:: P(x) = \frac 1 B \sum_b T_\nu\Big(\frac{x - v_b}{e}\Big)
 
     Attributes:
         estimate: The figure.
         values: Of resamples, float64 `(B,)`.
+        error: Standard error of the mean over seeds, e; 0 for one seed.
+        degrees: Of freedom of that error, :math:`\nu`.
     """
 
     estimate: float
     values: Tensor
+    error: float = 0.0
+    degrees: float = math.inf
 
     @classmethod
-    def of(cls, estimates: Tensor, values: Tensor, generator: torch.Generator) -> Draws:
+    def of(cls, estimates: Tensor, values: Tensor) -> Draws:
         r"""Draws of the mean over S training seeds.
 
         A resample repeats rows, which biases distances (a Frechet distance of N samples is too
@@ -55,40 +65,71 @@ class Draws:
         their mean is the estimate: the interval is of the figure's expectation at *this* number of
         samples, which is why the floor must be measured with as many.
 
-        What seeds add is drawn from :math:`s / \sqrt S` times Student's t with S - 1 degrees of
-        freedom: resampling three seeds would give intervals that are far too short. A single seed
-        adds nothing: the interval then says nothing of another training.
+        The error of seeds is :math:`s / \sqrt S` with S - 1 degrees of freedom: resampling three
+        seeds would give intervals that are far too short. A single seed adds nothing: the interval
+        then says nothing of another training.
 
         Args:
             estimates: The figure of each seed, `(S,)`.
             values: Of resamples, the same for all seeds, `(S, B)`.
-            generator: Of Student's t.
         """
         estimate, seeds = float(estimates.mean()), len(estimates)
         values = values.double().mean(0)
         values = values - values.mean() + estimate
-        if seeds > 1:
-            error = float(estimates.double().std()) / math.sqrt(seeds)
-            values = values + error * student_t(len(values), seeds - 1, generator)
-        return cls(estimate, values)
+        if seeds == 1:
+            return cls(estimate, values)
+        error = float(estimates.double().std()) / math.sqrt(seeds)
+        return cls(estimate, values, error, seeds - 1)
 
     def __sub__(self, other: Draws) -> Draws:
-        return Draws(self.estimate - other.estimate, self.values - other.values)
+        r"""Of the difference; degrees of freedom are Welch's (1947).
+
+        .. math:: \nu = \frac{(e_1^2 + e_2^2)^2}{e_1^4 / \nu_1 + e_2^4 / \nu_2}
+        """
+        squares = self.error**2, other.error**2
+        spread = squares[0] ** 2 / self.degrees + squares[1] ** 2 / other.degrees
+        return Draws(
+            self.estimate - other.estimate,
+            self.values - other.values,
+            math.sqrt(sum(squares)),
+            sum(squares) ** 2 / spread if spread > 0 else math.inf,
+        )
 
     def interval(self, level: float = 0.95) -> Interval:
-        """The percentile interval (Efron and Tibshirani 1993, section 13.3), of a level below 1."""
+        """Between the quantiles of both tails, of a level below 1.
+
+        Of one seed the percentile interval (Efron and Tibshirani 1993, section 13.3).
+        """
         tail = (1 - check_number("level", level, 1e-6, 1 - 1e-6)) / 2
-        low, high = self.values.quantile(self.values.new_tensor([tail, 1 - tail])).tolist()
-        return Interval(self.estimate, low, high)
+        return Interval(self.estimate, self._quantile(tail), self._quantile(1 - tail))
 
     def p_value(self) -> float:
         """Of the hypothesis that the expectation is 0, two-sided: at least 2 / (B + 1).
 
-        Twice the share of values beyond 0, with one added to both counts (Davison and Hinkley
-        1997, eq. 4.11).
+        Twice the smaller tail beyond 0, as a count of resamples with one added to it and to B
+        (Davison and Hinkley 1997, eq. 4.11).
         """
-        beyond = min(int((self.values <= 0).sum()), int((self.values >= 0).sum()))
-        return min(1.0, 2 * (beyond + 1) / (len(self.values) + 1))
+        num = len(self.values)
+        if self.error == 0:
+            tails = [float((self.values <= 0).sum()), float((self.values >= 0).sum())]
+        else:
+            below = num * self._share_below(0.0)
+            tails = [below, num - below]
+        return min(1.0, 2 * (min(tails) + 1) / (num + 1))
+
+    def _share_below(self, x: float) -> float:
+        scaled = (x - self.values.cpu().numpy()) / self.error
+        return float(special.stdtr(self.degrees, scaled).mean())
+
+    def _quantile(self, share: float) -> float:
+        if self.error == 0:
+            return float(self.values.quantile(self.values.new_tensor(share)))
+        # Each resample alone has its quantile here; that of all lies between the outermost two, and
+        # a little more, since both functions are rounded.
+        own = self.error * float(special.stdtrit(self.degrees, share))
+        low = float(self.values.min()) + own - 1e-3 * self.error
+        high = float(self.values.max()) + own + 1e-3 * self.error
+        return float(optimize.brentq(lambda x: self._share_below(x) - share, low, high))
 
 
 def resample(num_resamples: int, rows: int, generator: torch.Generator) -> Tensor:
@@ -99,14 +140,6 @@ def resample(num_resamples: int, rows: int, generator: torch.Generator) -> Tenso
     counts = torch.zeros(num_resamples, rows, dtype=torch.float64, device=device)
     drawn = torch.randint(rows, (num_resamples, rows), generator=generator, device=device)
     return counts.scatter_add_(1, drawn, torch.ones_like(counts))
-
-
-def student_t(num: int, degrees: int, generator: torch.Generator) -> Tensor:
-    """Student's t: a normal over the root of a mean of `degrees` squared ones, float64 `(num,)`."""
-    normals = torch.randn(
-        degrees + 1, num, generator=generator, dtype=torch.float64, device=generator.device
-    )
-    return normals[0] / normals[1:].square().mean(0).sqrt()
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

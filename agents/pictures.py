@@ -35,11 +35,11 @@ def save_samples(
     first = next(iter(rows.values()))
     if first.ndim != 4:
         return
-    columns = _columns(len(first), condition)
-    figure = Figure(figsize=(1.0 * len(columns) + 1.6, 1.05 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), len(columns), squeeze=False)
+    shown = columns(len(first), condition)
+    figure = Figure(figsize=(1.0 * len(shown) + 1.6, 1.05 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), len(shown), squeeze=False)
     for row, (label, images) in zip(axes, rows.items(), strict=True):
-        for axis, image in zip(row, to_rgb(pixels(images[columns], codec)), strict=True):
+        for axis, image in zip(row, to_rgb(pixels(images[shown], codec)), strict=True):
             axis.imshow(image, interpolation="nearest")
             axis.set_xticks([])
             axis.set_yticks([])
@@ -48,7 +48,8 @@ def save_samples(
         figure.savefig(temporary, dpi=120)
 
 
-def _columns(num: int, condition: Tensor | None) -> list[int]:
+def columns(num: int, condition: Tensor | None) -> list[int]:
+    """The tasks that `save_samples` shows, of `num` with these classes."""
     if condition is None:
         return list(range(min(num, NUM_COLUMNS)))
     classes = condition.unique().tolist()[:NUM_COLUMNS]

@@ -56,6 +56,12 @@ class Args:
     """Train adapters of this rank in place of all weights; needs pip install redif[lora]."""
     lora_targets: tuple[str, ...] | None = None
     """Names that the adapted layers end in, such as to_q to_v; default: agents.lora's."""
+    precision: str | None = None
+    """bfloat16 to let the student's network compute in it while it is trained; default float32."""
+    micro_batch_size: int | None = None
+    """Rows that are in the student's network at once, for models that fill the memory."""
+    gradient_checkpointing: bool | None = None
+    """Whether to compute activations again in place of keeping them."""
     bank_size: int = 6144
     """Training tasks that the teacher answers."""
     num_held_out: int = 1000

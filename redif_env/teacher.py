@@ -289,7 +289,7 @@ class TeacherBank:
 
     def digest(self) -> str:
         """SHA-256 of all tasks and answers, in hexadecimal digits."""
-        return _digest(self._tensors())
+        return digest_of(self._tensors())
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {"x_T": self.x_T, "teacher_x_0": self.teacher_x_0}
@@ -426,7 +426,7 @@ def _read(path: Path, key: str) -> TeacherBank | None:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no iterator)
     except (OSError, SafetensorError):
         return None
-    if metadata.get("key") != key or metadata.get("digest") != _digest(tensors):
+    if metadata.get("key") != key or metadata.get("digest") != digest_of(tensors):
         return None
     if not {"x_T", "teacher_x_0"} <= tensors.keys():
         return None
@@ -436,10 +436,11 @@ def _read(path: Path, key: str) -> TeacherBank | None:
 def _write(path: Path, bank: TeacherBank, key: str) -> None:
     tensors = bank._tensors()
     with replacing(path) as temporary:
-        save_file(tensors, temporary, {"key": key, "digest": _digest(tensors)})
+        save_file(tensors, temporary, {"key": key, "digest": digest_of(tensors)})
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors with their names, in hexadecimal digits."""
     digest = hashlib.sha256()
     _update(digest, tensors)
     return digest.hexdigest()

@@ -12,19 +12,15 @@ from matplotlib.figure import Figure
 
 from redif_env.files import replacing, write_json, write_text
 
-from ..comparison import Method, evaluate
-from ..pictures import save_samples
+from ..comparison import weigh
+from ..pictures import columns, save_samples
 from .entrants import ENTRANTS, GROUPS_OF_8, OURS
 from .runs import Run, Runs
-from .tasks import Task
+from .tasks import REWARD
 
 # Of ours, those that the others are compared with, in this order.
-HEADLINE = (OURS, f"output_regression+{OURS}", GROUPS_OF_8)
-WITH_JUDGE = ("paired_mse", "frechet", "coverage", "label_agreement", "label_balance")
-WITHOUT_JUDGE = ("paired_mse", "sliced_wasserstein", "coverage")
-REWARD = "reward"  # the first figure where it has no gradient
+HEADLINE = (OURS, GROUPS_OF_8)
 RANKED = (REWARD, "paired_mse", "frechet", "sliced_wasserstein")  # for verdicts
-NUM_RESAMPLES = 2000
 TITLES = {
     REWARD: "reward",
     "paired_mse": "paired MSE",
@@ -83,19 +79,9 @@ def find_finished(runs: Runs, planned: Sequence[Run]) -> Finished:
 
 def compare(runs: Runs, finished: Finished) -> dict[str, Any]:
     """Intervals of every method, and the headline recipes against all others; plain data."""
-    task = runs.task
-    methods = {
-        name: Method([runs.load(run) for run, _ in own], task.test.condition, paired=True)
-        for name, own in finished.items()
-    }
-    found = evaluate(
-        methods,
-        task.yardstick,
-        task.features,
-        focus=[name for name in HEADLINE if name in methods],
-        figures=_figures(task),
-        num_resamples=NUM_RESAMPLES,
-    )
+    drawn = {name: [runs.drawn(run) for run, _ in own] for name, own in finished.items()}
+    focus = [name for name in HEADLINE if name in drawn]
+    found = weigh(drawn, runs.task.bench, focus)
     for name, own in finished.items():
         lines = [line for _, line in own]
         found["methods"][name]["runs"] = {
@@ -234,11 +220,6 @@ def _verdicts(
     return " / ".join(words)
 
 
-def _figures(task: Task) -> tuple[str, ...]:
-    own = WITHOUT_JUDGE if task.judge is None else WITH_JUDGE
-    return (REWARD, *own) if task.blind else own
-
-
 def _badness(own: Mapping[str, Any]) -> float:
     """What methods are ordered by: the error, or minus a reward that has no gradient."""
     return -own[REWARD]["estimate"] if REWARD in own else own["paired_mse"]["estimate"]
@@ -305,14 +286,16 @@ def _draw_samples(runs: Runs, finished: Finished, folder: Path) -> None:
     test = runs.task.test
     if test.x_T.ndim != 4:
         return
-    rows = {f"teacher, {runs.task.teacher.num_steps} steps": test.teacher_x_0}
+    shown = columns(len(test), test.condition)
+    rows = {f"teacher, {runs.task.teacher.num_steps} steps": test.teacher_x_0[shown]}
     for name, own in finished.items():
         run, _ = own[0]
-        rows[f"{name}, {run.num_steps}"] = runs.load(run)
+        rows[f"{name}, {run.num_steps}"] = runs.shown(run)
     num_steps = next(iter(finished.values()))[0][0].num_steps
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{runs.task.name}-samples-{num_steps}.png"
-    save_samples(path, rows, test.condition, runs.task.teacher.codec)
+    classes = None if test.condition is None else test.condition[shown]
+    save_samples(path, rows, classes, runs.task.teacher.codec)
 
 
 def _style(name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Running entrants: each run once, its samples kept, one line of figures a run.
+"""Running entrants: each run once, one line of figures a run, and what intervals are made of.
 
 Several processes may work on the same folders: each run is taken by one, and one that was
 interrupted is started anew.
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -22,12 +23,15 @@ from redif_env.errors import check_choice
 from redif_env.files import replacing, write_text
 
 from ..baselines import Ledger, Result
-from ..comparison import measure
+from ..comparison import Drawn, measure
 from ..distillation import versions
+from ..pictures import columns
 from .entrants import ENTRANTS, GRID, TRIALS, UNIFORM, Entrant, chosen, solve
 from .tasks import Task
 
 SAMPLES = "x_0"
+ESTIMATE = ".estimate"
+IDENTITY = "identity"
 TUNING_SEED = 100  # of no reported run
 
 
@@ -99,14 +103,19 @@ def plan_trials(methods: Iterable[str], num_steps: int, budget: int) -> list[Run
 class Runs:
     """The runs of a task.
 
+    Beside the line of figures a run leaves its resampled figures and some samples, for intervals
+    and pictures: reports, also of runs that are added later, need no run twice.
+
     Args:
         task: The task.
-        lines: File of figures, a JSON object a line.
-        folder: Of samples and locks.
+        lines: File of figures, a JSON object a line. What is resampled is in the folder of the same
+            name without suffix.
+        folder: Of all samples, searched grids and locks.
     """
 
     def __init__(self, task: Task, lines: Path, folder: Path) -> None:
         self.task, self.lines, self.folder = task, lines, folder
+        self.kept = lines.with_suffix("")
 
     def read(self) -> list[dict[str, Any]]:
         """All lines so far."""
@@ -115,8 +124,8 @@ class Runs:
         return [json.loads(line) for line in self.lines.read_text().splitlines()]
 
     def find(self, run: Run) -> dict[str, Any] | None:
-        """The line of a run whose samples are there too, or None."""
-        if not self._samples(run).exists():
+        """The line of a run whose resampled figures are there and of this task, or None."""
+        if not self._is_kept(run):
             return None
         wanted = {name: getattr(run, name) for name in ("method", "num_steps", "seed", "budget")}
         for line in self.read():
@@ -124,8 +133,21 @@ class Runs:
                 return line
         return None
 
-    def load(self, run: Run) -> Tensor:
-        """A finished run's samples of the test tasks."""
+    def drawn(self, run: Run) -> Drawn:
+        """A finished run's figures, and those of resamples."""
+        tensors = load_file(self._kept(run))
+        return {
+            name: (tensors[name + ESTIMATE], values.double())
+            for name, values in tensors.items()
+            if name != SAMPLES and not name.endswith(ESTIMATE)
+        }
+
+    def shown(self, run: Run) -> Tensor:
+        """A finished run's samples of the tasks that pictures show."""
+        return load_file(self._kept(run))[SAMPLES]
+
+    def samples(self, run: Run) -> Tensor:
+        """All samples of a run that was made here."""
         return load_file(self._samples(run))[SAMPLES]
 
     def execute(self, runs: Sequence[Run]) -> None:
@@ -168,9 +190,8 @@ class Runs:
             result.ledger.evaluations["search"] += spent
         samples = result.sample(task.test.x_T, task.test.condition).detach().contiguous()
         line = self._line(run, result, samples)
-        path = self._samples(run)
-        with replacing(path) as temporary:
-            save_file({SAMPLES: samples.cpu()}, temporary)
+        _save(self._samples(run), {SAMPLES: samples})
+        self._keep(run, samples)
         self.lines.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{self.lines}.lock"):
             kept = [other for other in self.read() if not _same(other, line)]
@@ -197,8 +218,34 @@ class Runs:
             "versions": versions(),
         }
 
+    def _keep(self, run: Run, samples: Tensor) -> None:
+        """Write what reports need; float32 tells resamples of a figure apart well enough."""
+        test = self.task.test
+        drawn = self.task.bench.draw(samples, test.condition, paired=True, shares_tasks=True)
+        tensors = {SAMPLES: samples[columns(len(test), test.condition)]}
+        tensors |= {name: values.float() for name, (_, values) in drawn.items()}
+        tensors |= {name + ESTIMATE: estimate for name, (estimate, _) in drawn.items()}
+        self.kept.mkdir(parents=True, exist_ok=True)
+        _save(self._kept(run), tensors, {IDENTITY: self.task.identity})
+
+    def _is_kept(self, run: Run) -> bool:
+        if not self._kept(run).exists():
+            return False
+        with safe_open(self._kept(run), "pt") as file:
+            return (file.metadata() or {}).get(IDENTITY) == self.task.identity
+
+    def _kept(self, run: Run) -> Path:
+        return self.kept / f"{run.label}.safetensors"
+
     def _samples(self, run: Run) -> Path:
         return self.folder / f"{run.label}.safetensors"
+
+
+def _save(path: Path, tensors: dict[str, Tensor], about: dict[str, str] | None = None) -> None:
+    with replacing(path) as temporary:
+        save_file(
+            {name: each.cpu().contiguous() for name, each in tensors.items()}, temporary, about
+        )
 
 
 def _known(name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,18 @@ from redif_env.errors import InvalidArgumentError, check_choice
 from redif_env.loading import build_denoiser, load_teacher, noise_schedule
 from redif_env.noise import NoiseSchedule, expand
 from redif_env.rewards import MSE, CompressedSize, Reward
-from redif_env.teacher import Teacher, TeacherBank
+from redif_env.teacher import Teacher, TeacherBank, digest_of
 
 from .. import baselines, smaller
-from ..comparison import Features, Yardstick
+from ..comparison import Bench, Features, Yardstick
 from ..distillation import REFERENCE_SEED, find_judge
 from ..evaluation import Judge
 
 QUARTER = 0.25
+REWARD = "reward"  # the first figure where it has no gradient
+WITH_JUDGE = ("paired_mse", "frechet", "coverage", "label_agreement", "label_balance")
+WITHOUT_JUDGE = ("paired_mse", "sliced_wasserstein", "coverage")
+NUM_RESAMPLES = 2000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +89,28 @@ class Task:
         """The teacher's answers to the test tasks, and to others."""
         classes = self.test.condition
         return Yardstick(self.test.teacher_x_0, self.reference.teacher_x_0, classes)
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """Those that methods are compared by."""
+        own = WITHOUT_JUDGE if self.judge is None else WITH_JUDGE
+        return (REWARD, *own) if self.blind else own
+
+    @functools.cached_property
+    def bench(self) -> Bench:
+        """What draws the figures of samples of the test tasks."""
+        return Bench.prepare(self.yardstick, self.features, self.figures, NUM_RESAMPLES)
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """What figures depend on beside the samples, as a hash: others can not be compared.
+
+        Answers themselves are left out: another processor rounds them in another way.
+        """
+        judge = "none" if self.judge is None else digest_of(self.judge.state_dict())
+        sizes = len(self.test), len(self.reference), NUM_RESAMPLES
+        parts = (self.teacher.fingerprint(), judge, self.reward.name, *sizes, *self.figures)
+        return hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()
 
     def uniform(self, num_steps: int) -> Tensor:
         """The default grid, `(num_steps + 1,)`."""

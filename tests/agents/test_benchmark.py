@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -20,9 +21,9 @@ from agents.benchmark import (
     taking_part,
 )
 from agents.benchmark import entrants as entrants_module
-from agents.benchmark.report import report, tuning_table
+from agents.benchmark.report import compare, find_finished, report, tuning_table
 from agents.benchmark.tasks import Mixture, unconditional
-from agents.comparison import measure
+from agents.comparison import Method, evaluate, measure
 from redif_env import load_teacher, schedules
 from redif_env.errors import InvalidArgumentError
 from redif_env.rewards import MSE, Reward
@@ -128,7 +129,7 @@ def test_every_trained_entrant_trains_within_its_budget(task, tmp_path, name):
     if name == ADAPTIVE:  # its student is the start
         return
     assert line["updates"]["student"] > 1
-    samples = runs.load(Run(name, 2, 0, BUDGET, settings))
+    samples = runs.samples(Run(name, 2, 0, BUDGET, settings))
     assert samples.isfinite().all()
     start = schedules.sample(
         task.teacher.denoiser,
@@ -168,16 +169,47 @@ def test_finished_runs_are_not_redone_and_lost_ones_are(task, tmp_path):
     planned = plan(["ddim", "dpmpp2m"], [2], [0], BUDGET)
     runs.execute(planned)
     before = runs.read()
-    written = [(tmp_path / "samples" / f"{run.label}.safetensors").stat() for run in planned]
+    kept = [tmp_path / "lines" / f"{run.label}.safetensors" for run in planned]
+    written = [path.stat().st_mtime_ns for path in kept]
     runs.execute(planned)
-    again = [(tmp_path / "samples" / f"{run.label}.safetensors").stat() for run in planned]
-    assert [each.st_mtime_ns for each in written] == [each.st_mtime_ns for each in again]
-    (tmp_path / "samples" / f"{planned[0].label}.safetensors").unlink()
+    assert [path.stat().st_mtime_ns for path in kept] == written
+    kept[0].unlink()
     assert runs.find(planned[0]) is None
     runs.execute(planned)
     assert sorted(map(str, runs.read())) == sorted(map(str, before))
     other = dataclasses.replace(planned[0], settings={"learning_rate": 1.0})
     assert runs.find(other) is None
+
+
+def test_a_report_needs_figures_alone_and_only_those_of_its_task(task, tmp_path):
+    """What is kept of runs is what their samples give; other tasks do not take it for theirs."""
+    runs = make_runs(task, tmp_path)
+    planned = plan(["ddim", "dpmpp2m", "ddim+search"], [2], [0], BUDGET)
+    runs.execute(planned)
+    methods = {
+        run.method: Method([runs.samples(run)], task.test.condition, paired=True) for run in planned
+    }
+    shutil.rmtree(runs.folder)  # on another machine
+    finished = find_finished(runs, planned)
+    assert len(finished) == 3
+    wanted = evaluate(
+        methods,
+        task.yardstick,
+        task.features,
+        focus=[],
+        figures=task.figures,
+        num_resamples=len(task.bench.task_counts),
+    )
+    found = compare(runs, finished)
+    for name, figures in wanted["methods"].items():
+        for figure, interval in figures.items():
+            excess = interval.pop("excess")
+            own = found["methods"][name][figure]
+            assert own.pop("excess") == pytest.approx(excess, rel=1e-4, abs=1e-7)
+            assert own == pytest.approx(interval, rel=1e-5)
+    other = dataclasses.replace(task, test=task.test.subset(40))
+    assert other.identity != task.identity
+    assert make_runs(other, tmp_path).find(planned[0]) is None
 
 
 def test_a_run_that_another_process_is_at_is_left_to_it(task, tmp_path):
@@ -263,7 +295,7 @@ def test_on_a_reward_without_a_gradient_methods_are_ranked_by_it(task, tmp_path)
     found = json.loads((tmp_path / "mixture.json").read_text())["steps"]["2"]
     for line in runs.read():
         (run,) = (each for each in planned if each.method == line["method"])
-        samples, answers = runs.load(run), task.test.teacher_x_0
+        samples, answers = runs.samples(run), task.test.teacher_x_0
         wanted = (0.5 * samples[:, 0] - (samples - answers).square().mean(1)).mean()
         own = found["methods"][line["method"]]["reward"]
         assert own["estimate"] == pytest.approx(float(wanted), abs=1e-5)

@@ -229,7 +229,7 @@ def test_intervals_cover_the_expectation(generator):
         counts, other = (resample(300, 100, generator) for _ in range(2))
         for name, statistic in all_statistics(*sets()).items():
             figure = metrics.estimate(statistic, 100, 100, torch.device("cpu"))
-            interval = Draws.of(figure[None], statistic(counts, other)[None], generator).interval()
+            interval = Draws.of(figure[None], statistic(counts, other)[None]).interval()
             hits[name] += interval.low <= expected[name] <= interval.high
     rates = {name: number / 300 for name, number in hits.items()}
     print(rates)

@@ -21,9 +21,11 @@ def test_distill_writes_a_run_and_prints_a_table(tmp_path, capsys):
         bank_size=8,
         num_held_out=100,
         schedule="850",
+        precision="bfloat16",
         out=tmp_path / "run",
     )
     report = distill.main(args)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["precision"] == "bfloat16"
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["nfe"] == report["nfe"] == 1
     printed = capsys.readouterr().out
     assert "student, 1 steps" in printed
