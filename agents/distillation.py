@@ -60,6 +60,7 @@ PPO_ARGUMENTS = (
     "micro_batch_size",
     "gradient_checkpointing",
     "precision",
+    "shard_student",
     "callback",
 )
 # Seeds of banks: the searched grid and the reports must not depend on the run's seed.
@@ -122,6 +123,7 @@ def distill(
     micro_batch_size: int | None = None,
     gradient_checkpointing: bool | None = None,
     precision: str | None = None,
+    shard_student: bool | None = None,
     bank_size: int = 6144,
     num_held_out: int = 1000,
     eval_every: int = 10,
@@ -176,6 +178,8 @@ def distill(
             `StudentPolicy`.
         precision: `"bfloat16"` to let the student's network compute in it while it is trained, see
             `StudentPolicy`; default `"float32"`. What is deployed and judged is float32.
+        shard_student: Whether several processes share out the student, see `StudentPolicy`'s
+            `shard`, for one that does not fit; not with adapters. The result is whole in each.
         bank_size: Training tasks whose answers the teacher is asked for.
         num_held_out: Test tasks that the report is measured on.
         eval_every: Iterations between two evaluations on validation tasks.
@@ -256,6 +260,7 @@ def distill(
             lora_targets=lora_targets,
             gradient_checkpointing=gradient_checkpointing,
             precision=precision,
+            shard=shard_student,
         ),
     )
     used = {**agent_options, "group_size": env_options["group_size"], "warm_up": warm_up}

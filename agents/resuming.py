@@ -27,6 +27,7 @@ from redif_env.denoiser import Denoiser
 from redif_env.errors import InvalidArgumentError
 from redif_env.files import replacing, write_json
 
+from . import sharding
 from .baselines import Result
 from .callbacks import HeldOutEvaluation
 from .checkpoints import Checkpoints, DamagedCheckpointError, read, write
@@ -83,7 +84,7 @@ def agent_state(model: ReDiFPPO) -> dict[str, Any]:
         "counters": {name: getattr(model, name) for name in COUNTERS},
         "gap": model._gap,
         "adaptive": [adaptive.state for adaptive in _adaptive(model)],
-        "start": list(model._start),
+        "start": sharding.whole(list(model._start)),
         "training": model.training_state.state_dict(),
         "task_means": [means.state_dict() for means in buffer.task_means],
         "env": env.env.unwrapped.state_dict(),
@@ -111,7 +112,10 @@ def load_agent_state(model: ReDiFPPO, state: Mapping[str, Any]) -> None:
     model._gap = None if state["gap"] is None else state["gap"].to(model.device)
     for adaptive, saved in zip(_adaptive(model), state["adaptive"], strict=True):
         adaptive.state = saved
-    model._start = [tensor.to(model.device) for tensor in state["start"]]
+    model._start = [
+        sharding.part_of(tensor.to(model.device), like)
+        for tensor, like in zip(state["start"], model._actor_parameters(), strict=False)
+    ]
     model.training_state.load_state_dict(state["training"])
     for means, saved in zip(buffer.task_means, state["task_means"], strict=True):
         means.load_state_dict(saved, model.device)

@@ -28,6 +28,7 @@ from parallel_worker import (
 )
 from small_runs import Killed
 from test_checkpoints import same
+from tiny_models import FAMILIES
 
 import agents
 from agents import ReDiFPPO, compatibility
@@ -53,20 +54,13 @@ def environment(**more: object) -> dict[str, str]:
     return {**inherited, **{name: str(value) for name, value in more.items()}}
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
+def run_pair(folder, *arguments):
     """Two processes that ran `parallel_worker.py`: their folder, exit codes and errors."""
-    folder = tmp_path_factory.mktemp("pair")
-    port, command = free_port(), [sys.executable, parallel_worker.__file__, str(folder)]
+    port = free_port()
+    command = [sys.executable, parallel_worker.__file__, str(folder), *arguments]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2}
     shared |= {"LOCAL_WORLD_SIZE": 2, "REDIF_CACHE": folder / "cache"}
     shared |= {"PYTHONPATH": os.pathsep.join(sys.path)}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REDIF_CACHE", str(folder / "cache"))
-        small_runs.write_teacher(folder / "teacher")
-        for name in ("alone", "alone too"):
-            with pytest.raises(Killed):
-                whole_run(folder, name, 4)
     processes = [
         subprocess.Popen(
             command,
@@ -85,6 +79,25 @@ def pair(tmp_path_factory):
     for rank in range(2):
         assert (folder / f"done-{rank}.pt").exists(), outputs[rank][1]
     return folder, [process.returncode for process in processes], outputs
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pair")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REDIF_CACHE", str(folder / "cache"))
+        small_runs.write_teacher(folder / "teacher")
+        for name in ("alone", "alone too"):
+            with pytest.raises(Killed):
+                whole_run(folder, name, 4)
+    return run_pair(folder)
+
+
+@pytest.fixture(scope="module")
+def in_parts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parts")
+    small_runs.write_teacher(folder / "teacher")
+    return run_pair(folder, parallel_worker.IN_PARTS)
 
 
 def left(pair, name):
@@ -214,15 +227,19 @@ def test_a_wrong_ratio_in_one_process_stops_all(pair):
         assert "before the first update" in message
 
 
-@pytest.mark.parametrize("name", ["died", "signalled"])
-def test_as_many_processes_go_on_bit_by_bit(pair, name):
-    for run, straight in zip(left(pair, name), left(pair, "straight"), strict=True):
-        for part in straight:
-            assert same(run[part], straight[part]), part
+def assert_same_runs(pair, name, straight):
+    for run, expected in zip(left(pair, name), left(pair, straight), strict=True):
+        for part in expected:
+            assert same(run[part], expected[part]), part
     assert not same(*(run["random"] for run in left(pair, name)))  # each has its own
-    students = [(pair[0] / run / "student").rglob("*.safetensors") for run in (name, "straight")]
+    students = [(pair[0] / run / "student").rglob("*.safetensors") for run in (name, straight)]
     for ours, theirs in zip(*students, strict=True):
         assert ours.read_bytes() == theirs.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["died", "signalled"])
+def test_as_many_processes_go_on_bit_by_bit(pair, name):
+    assert_same_runs(pair, name, "straight")
 
 
 def test_a_signal_to_one_process_saves_and_ends_all(pair):
@@ -297,6 +314,57 @@ def test_a_killed_process_ends_the_run_and_one_process_goes_on(pair, whole_bank)
     assert drawn[0] == drawn[1]
 
 
+@pytest.mark.slow
+def test_a_student_in_parts_is_the_same_one(in_parts):
+    """Trained, judged, saved and exported, whichever process holds which weights."""
+    runs = [left(in_parts, name)[0] for name in ("straight", "parts")]
+    whole, parts = (run["agent"] for run in runs)
+    moments = [agent["optimizer"]["state"] for agent in (whole, parts)]
+    assert len(moments[0]) > 10
+    close(parts["policy"], whole["policy"])
+    close(*({(i, n): t for i, m in each.items() for n, t in m.items()} for each in moments[::-1]))
+    assert parts["counters"]["updates"] == whole["counters"]["updates"]
+    reports = [run["report"] for run in runs]
+    assert reports[0]["ledger"] == reports[1]["ledger"]
+    for one, other in zip(*(report["history"] for report in reports), strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    exported = [
+        load_denoiser(in_parts[0] / name / "student").network.state_dict()
+        for name in ("straight", "parts")
+    ]
+    close(exported[1], exported[0])
+    loaded = ReDiFPPO.load(in_parts[0] / "parts.zip").policy.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in parts["policy"].items())
+
+
+def close(ours, theirs):
+    assert set(ours) == set(theirs)
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5, msg=str(name))
+
+
+@pytest.mark.slow
+def test_a_student_in_parts_goes_on_bit_by_bit(in_parts):
+    assert_same_runs(in_parts, "died in parts", "parts")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_has_the_same_gradient_in_parts(in_parts, name):
+    for whole, parts in left(in_parts, f"family {name}"):
+        assert set(parts) == set(whole)
+        assert distance(parts, whole) < 1e-6
+
+
+@pytest.mark.slow
+def test_each_process_holds_its_part_alone(in_parts):
+    student = left(in_parts, "straight")[0]["report"]["parameters"]["student"]
+    held = left(in_parts, "elements")
+    for name in ("weights", "average", "gradients", "moments", "start"):
+        assert held[0][name] + held[1][name] == student
+        assert held[0][name] == pytest.approx(student / 2, rel=0.02)
+
+
 def test_the_second_process_is_silent(pair):
     folder, _, outputs = pair
     assert outputs[1][0] == ""
@@ -318,6 +386,11 @@ def test_one_process_is_left_alone():
     assert weight.grad is gradient
     (seen,) = parallel.in_shares(lambda rows: (values[rows],), 3)
     assert seen.data_ptr() == values.data_ptr()
+
+
+def test_adapters_are_not_held_in_parts():
+    with pytest.raises(InvalidArgumentError, match="shard=True: pass False with adapters"):
+        make_agent(policy_kwargs={"shard": True, "lora_rank": 2})
 
 
 def test_processes_need_accelerate(monkeypatch):
