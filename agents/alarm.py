@@ -134,7 +134,7 @@ class RewardHackingAlarm(IterationCallback):
     proof of the contrary: it sees what the judge sees.
 
     Args:
-        judge: A network that no reward sees, such as `distillation.find_judge(teacher)`.
+        judge: A network that no reward sees, such as `reporting.find_judge(teacher)`.
         bank: Held-out tasks, of the validation split.
         reference: Other tasks of the same split, whose answers are to be recalled and covered.
         every: Iterations between two evaluations.

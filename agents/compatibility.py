@@ -5,19 +5,16 @@ Every function takes the agent (`Any`, since `ppo` imports this module) and only
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from redif_env import parallel
-from redif_env.errors import InvalidArgumentError, check_integer, check_number
+from redif_env.errors import InvalidArgumentError
 from redif_env.schedule_env import ReDiFScheduleVectorEnv
 
 from .divergences import check_divergence
 
-SHARES = ("gamma", "gae_lambda")
-OPTIONAL = ("target_kl", "divergence_target", "clip_range_vf")
 # What a policy other than StudentPolicy is trained with: Stable-Baselines3's PPO.
 STOCK = (
     ("ratio", "sum"),
@@ -30,33 +27,6 @@ STOCK = (
     ("stochastic_steps", "all"),
     ("antithetic", False),
 )
-
-
-def check_numbers(options: Mapping[str, Any], seed: object) -> None:
-    """Numbers must be finite and not negative, shares at most 1, and a seed one that numpy takes.
-
-    Functions of the remaining progress are called for the first time in training, and None is what
-    it stands for.
-    """
-    for name, value in options.items():
-        if callable(value) or (value is None and name in OPTIONAL):
-            continue
-        check_number(name, value, -1e30 if name == "ent_coef" else 0, 1 if name in SHARES else 1e30)
-    if seed is not None and check_integer("seed", seed, 0) >= 2**32:
-        raise InvalidArgumentError("seed", seed, "pass one below 2**32.")
-
-
-def check_flag(name: str, value: object) -> bool:
-    """Return `value`; raise `InvalidArgumentError` unless it is True or False."""
-    if not isinstance(value, bool):
-        raise InvalidArgumentError(name, value, "pass True or False.")
-    return value
-
-
-def check_list(name: str, value: object) -> None:
-    """Raise `InvalidArgumentError` unless it is a sequence, such as a list of numbers."""
-    if isinstance(value, str | bytes) or not hasattr(value, "__iter__"):
-        raise InvalidArgumentError(name, value, "pass a list of numbers.")
 
 
 def check_options(agent: Any) -> None:

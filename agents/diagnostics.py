@@ -42,6 +42,23 @@ def step_means(history: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
     }
 
 
+def means(history: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
+    """The means over minibatches of what most of them have, by name."""
+    entries = list(history)
+    names = dict.fromkeys(name for entry in entries for name in entry)
+    return {
+        name: float(torch.stack([entry[name] for entry in entries if name in entry]).mean())
+        for name in names
+        if name not in ("ratio_error", "per_step")
+    }
+
+
+def explained_variance(values: Any, returns: Any) -> float:
+    """Share of the returns' variance that the critic explains: 1 is all, 0 none."""
+    values, returns = torch.as_tensor(values), torch.as_tensor(returns)
+    return float(1 - (returns - values).var() / returns.var())
+
+
 def copies(parameters: Iterable[Tensor]) -> list[Tensor]:
     """Detached copies."""
     return [parameter.detach().clone() for parameter in parameters]

@@ -3,69 +3,47 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import inspect
-import itertools
-import json
 import platform
-import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_model
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
-from stable_baselines3.common.utils import LinearSchedule
 from torch import Tensor
 
 from redif_env import parallel, schedules
 from redif_env.denoiser import Denoiser
-from redif_env.errors import InvalidArgumentError, check_choice, check_integer, check_number
-from redif_env.files import write_json
-from redif_env.loading import BUNDLED, load_teacher
-from redif_env.prompts import INDEX
+from redif_env.errors import check_choice
+from redif_env.loading import load_teacher
 from redif_env.rewards import Reward, make_reward
 from redif_env.teacher import Teacher, TeacherBank
 
-from . import presets, reinforcement, resuming, smaller
-from .baselines import METHODS, OutputRegression, Result
+from . import presets, reinforcement, reporting, resuming, run_folder, smaller
+from .baselines import METHODS, OutputRegression
 from .callbacks import HeldOutEvaluation, ProgressBar
-from .evaluation import JUDGE_FOLDER, Judge, compare
-from .export import can_export, export_student
-from .lora import LEARNING_RATE_SCALE, merge
-from .pictures import save_samples
+from .planning import LEARNED, PPO, Options, Plan, check_arguments, make_config, make_options
 from .ppo import ReDiFPPO
+from .reporting import REFERENCE_SEED, Banks, find_judge, versions
+from .run_folder import find_base, last_taken, next_free
 
-PACKAGES = ("redif", "torch", "diffusers", "gymnasium", "stable_baselines3", "numpy")
+__all__ = [
+    "REFERENCE_SEED",
+    "Distillation",
+    "distill",
+    "find_base",
+    "find_judge",
+    "last_taken",
+    "next_free",
+    "versions",
+]
+
 SEARCH = "search"
-LEARNED = "learned"
-PPO = "ppo"
 WITH_REWARD = ("backprop", "surrogate")  # other methods have an aim of their own
-# Arguments of `distill` that mean something to PPO alone.
-PPO_ARGUMENTS = (
-    "preset",
-    "group_size",
-    "stochastic_steps",
-    "antithetic",
-    "n_epochs",
-    "eta",
-    "min_std",
-    "gap_fraction",
-    "lora_rank",
-    "lora_targets",
-    "micro_batch_size",
-    "gradient_checkpointing",
-    "precision",
-    "shard_student",
-    "callback",
-)
-# Seeds of banks: the searched grid and the reports must not depend on the run's seed.
-NUM_VALIDATION = 512
-REFERENCE_SEED = 1
+NUM_VALIDATION = 512  # tasks that the grid is searched on, and training is followed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,13 +64,22 @@ class Distillation:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Banks:
-    """Tasks by purpose; no noise is in two of them."""
+class _Trained:
+    """What training ends with.
 
-    train: TeacherBank
-    validation: TeacherBank
-    test: TeacherBank
-    reference: TeacherBank
+    Attributes:
+        student: The averaged student.
+        timesteps: Its grid.
+        history: Its evaluations on validation tasks.
+        spent: Network-forward equivalents by purpose, without the warm-up's.
+        model: The agent, or None.
+    """
+
+    student: Denoiser
+    timesteps: Tensor
+    history: list[dict[str, float]]
+    spent: Counter[str]
+    model: ReDiFPPO | None = None
 
 
 def distill(
@@ -178,8 +165,8 @@ def distill(
             `StudentPolicy`.
         precision: `"bfloat16"` to let the student's network compute in it while it is trained, see
             `StudentPolicy`; default `"float32"`. What is deployed and judged is float32.
-        shard_student: Whether several processes share out the student, see `StudentPolicy`'s
-            `shard`, for one that does not fit; not with adapters. The result is whole in each.
+        shard_student: Whether several processes share out the student, see `StudentPolicy`, for one
+            that does not fit; not with adapters. The result is whole in each.
         bank_size: Training tasks whose answers the teacher is asked for.
         num_held_out: Test tasks that the report is measured on.
         eval_every: Iterations between two evaluations on validation tasks.
@@ -205,235 +192,87 @@ def distill(
     """
     arguments = {name: value for name, value in locals().items() if name != "callback"}
     started = {"seconds": time.monotonic()}
-    iterations = check_integer("iterations", iterations, 1)
-    num_held_out = check_integer("num_held_out", num_held_out, 100)
-    num_steps = check_integer("num_steps", num_steps, 1)
-    if warm_up is None:
-        warm_up = 0 if student is None else smaller.WARM_UP_ITERATIONS
-    warm_up = check_integer("warm_up", warm_up, 0)
-    check_choice("method", method, (PPO, *METHODS))
-    if method != PPO:
-        _refuse_ppo_arguments(method, {**arguments, "callback": callback})
+    plan = check_arguments(arguments, callback)
     recipe = presets.preset(preset)
-    if checkpoint_every is not None:
-        checkpoint_every = check_integer("checkpoint_every", checkpoint_every, 1)
-    folder = _check_out(out, resume)
     reward = make_reward(reward)
-    if parallel.launched():
-        default = teacher.device if isinstance(teacher, Teacher) else "cpu"
-        device = str(parallel.start(device or default))
-        check_choice("method", method, (PPO,))  # the others train on one process
-        saving = f"{resume} ({checkpoint_every=}, out {'missing' if out is None else 'given'})"
-        parallel.check_same("resume", saving)
-    run_folder = folder  # in all processes, to save and resume together
-    if not parallel.is_main():
-        folder, progress = None, False
-    teacher = _as_teacher(teacher, device)
+    teacher = _as_teacher(teacher, _join_processes(teacher, device, plan))
     description = None if student is None else smaller.describe_smaller(teacher, student)
     noise = teacher.denoiser.schedule
-    uniform = schedules.uniform(noise, num_steps)
+    uniform = schedules.uniform(noise, plan.num_steps)
     learned = schedule == LEARNED
     searches = learned or schedule == SEARCH
-    given = None if searches else schedules.make_grid(schedule, noise, num_steps)
-    if lora_rank is not None and learning_rate is None:
-        learning_rate = LEARNING_RATE_SCALE * recipe["agent"]["learning_rate"]
-    env_options = _given(recipe["env"], group_size=group_size, guidance_scale=guidance_scale)
-    env_options.update(reward=reward, bank_size=bank_size, seed=seed)
-    agent_options = _given(
-        recipe["agent"],
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        stochastic_steps=stochastic_steps,
-        antithetic=antithetic,
-        n_epochs=n_epochs,
-        eta=eta,
-        min_std=min_std,
-        gap_fraction=gap_fraction,
-        ema_decay=ema_decay,
-        micro_batch_size=micro_batch_size,
-        credit=None if reward.has_map else "global",
-        seed=seed,
-        policy_kwargs=_given(
-            recipe["policy"],
-            student=description,
-            lora_rank=lora_rank,
-            lora_targets=lora_targets,
-            gradient_checkpointing=gradient_checkpointing,
-            precision=precision,
-            shard=shard_student,
-        ),
-    )
-    used = {**agent_options, "group_size": env_options["group_size"], "warm_up": warm_up}
-    rate = check_number("learning_rate", agent_options["learning_rate"])
-    agent_options["learning_rate"] = LinearSchedule(rate, 0.0 if recipe["decay"] else rate, 1.0)
-    eval_every = check_integer("eval_every", eval_every, 1)
-    config = _config({**arguments, **used}, teacher, callback)
-    if folder is not None and resume:
-        resuming.check_same(folder, config)
+    given = None if searches else schedules.make_grid(schedule, noise, plan.num_steps)
+    options = make_options(recipe, arguments, reward, description)
+    config = make_config(arguments, plan, options, teacher, reward)
+    if plan.written is not None and resume:
+        resuming.check_same(plan.written, config)
     # Everything is made once on the uniform grid, so that bad options meet their errors before the
     # teacher is asked and the grid is searched.
-    reinforcement.make_model(teacher, num_envs, uniform, learned, None, env_options, agent_options)
+    options.make_model(teacher, num_envs, uniform, learned)
 
-    banks = _build_banks(teacher, bank_size, num_held_out, progress)
-    searched, search_evaluations = _search(teacher, banks.validation, num_steps)
-    timesteps = searched if given is None else given
-    model = reinforcement.make_model(
-        teacher, num_envs, timesteps, learned, banks.train, env_options, agent_options
-    )
-    config["timesteps"] = timesteps.tolist()
-    with resuming.claimed(folder, config, resume):
+    banks = _build_banks(teacher, plan)
+    searched, search_evaluations = _search(teacher, banks.validation, plan.num_steps)
+    grid = searched if given is None else given
+    model = options.make_model(teacher, num_envs, grid, learned, banks.train)
+    config["timesteps"] = grid.tolist()
+    with resuming.claimed(plan.written, config, resume):
         started["training_seconds"] = time.monotonic()
-        start = teacher.denoiser
-        if description is not None:
-            start = smaller.make_smaller(teacher, description)
-        spent: Counter[str] = Counter()
-        if warm_up:
-            options = {"iterations": warm_up, "seed": seed, **smaller.warm_up_options(num_steps)}
-            start, spent["warm_up"] = resuming.warm_up(
-                lambda: OutputRegression.train(
-                    teacher, banks.train, timesteps, start=start, **options
-                ),
-                start,
-                run_folder,
-            )
-        began_at = timesteps
-        agent: ReDiFPPO | None = None
+        start, spent = _warm_up(plan, teacher, banks, grid, description)
         if method == PPO:
-            agent = model
-            policy: Any = agent.policy
-            policy.load_student(start.network.state_dict())
-            logs = ["tensorboard"] if folder else []
-            agent.set_logger(configure(str(folder) if folder else None, logs))
-            held_out = HeldOutEvaluation(banks.validation, eval_every)
-            code = {**versions(), "source": resuming.source_digest(), "bank": banks.train.digest()}
-            about = {"config": config, "code": code}
-            with resuming.saving(
-                agent, held_out, run_folder, checkpoint_every, resume, started, about
-            ) as (callbacks, resumed):
-                callbacks += [held_out]
-                callbacks += [ProgressBar(iterations, agent.rollouts)] if progress else []
-                callbacks += [callback] if callback else []
-                remaining = iterations * num_envs * num_steps - agent.num_timesteps
-                agent.learn(remaining, callback=callbacks, reset_num_timesteps=not resumed)
-            distilled, history = agent.student(), held_out.history
-            if learned:
-                timesteps = policy.schedule_head.grid()
-            spent.update(reinforcement.spent(agent, iterations * num_envs))
+            trained = _train_ppo(plan, model, start, banks, grid, started, config)
         else:
-            rounds = _Rounds(iterations, num_envs, used["batch_size"], eval_every)
-            result, history = rounds.train(
-                method,
-                teacher,
-                banks,
-                timesteps,
-                start=start,
-                learning_rate=rate,
-                ema_decay=used["ema_decay"],
-                guidance_scale=guidance_scale,
-                seed=seed,
-                **({"reward": reward} if method in WITH_REWARD else {}),
-            )
-            distilled = result.student
-            spent.update(result.ledger.evaluations)
-        rivals: dict[str, tuple[Denoiser, Tensor]] = {
-            "student": (distilled, timesteps),
+            trained = _train_other(plan, teacher, start, banks, grid, reward, options)
+        spent.update(trained.spent)
+        rivals = {
+            "student": (trained.student, trained.timesteps),
             "ddim": (teacher.denoiser, uniform),
             "ddim_searched": (teacher.denoiser, searched),
+            **({"warm_up": (start, grid)} if plan.warm_up else {}),
         }
-        if warm_up:
-            rivals["warm_up"] = (start, began_at)
-        samples = {name: _sample(*rival, banks.test) for name, rival in rivals.items()}
-        ledger = _ledger(teacher, banks, search_evaluations if given is None else 0, spent)
-        threads = torch.get_num_threads()
-        report = {
-            "method": method,
-            "num_steps": num_steps,
-            "nfe": num_steps * distilled.nfe,
-            "parameters": {
-                "teacher": smaller.count_parameters(teacher.denoiser.network),
-                "student": smaller.count_parameters(distilled.network),
-            },
-            "flops": {  # of one prediction
-                "teacher": smaller.count_flops(teacher.denoiser),
-                "student": smaller.count_flops(distilled),
-            },
-            "timesteps": [float(t) for t in timesteps[:-1]],
-            "seed": seed,
-            "trajectories": iterations * num_envs,
-            "network_evaluations": sum(ledger.values()),
-            "ledger": ledger,
-            "held_out": _judge(teacher, banks, samples),
-            "history": history,
-            **{name: round(time.monotonic() - since, 1) for name, since in started.items()},
-            "versions": versions(),
-            "hardware": f"{platform.machine()}, {teacher.device}, {threads} threads",
-            "processes": parallel.world_size(),
-        }
-        if folder is not None:
-            _finish_folder(folder, report, distilled, timesteps, teacher, banks.test, samples)
-        return Distillation(distilled, timesteps, report, agent)
+        samples = {name: reporting.sample(*rival, banks.test) for name, rival in rivals.items()}
+        ledger = reporting.ledger(teacher, banks, search_evaluations if given is None else 0, spent)
+        held_out = reporting.held_out(teacher, banks, samples)
+        report = _report(plan, teacher, trained, ledger, held_out, started)
+        if plan.written is not None:
+            run_folder.write_student(plan.written, trained.student, trained.timesteps, teacher)
+            run_folder.write_results(plan.written, report, teacher, banks.test, samples)
+    return Distillation(trained.student, trained.timesteps, report, trained.model)
 
 
-def find_judge(teacher: Teacher) -> Judge | None:
-    """The judge in the teacher's folder, on the teacher's device, or None if there is none."""
-    if teacher.source is None:
-        return None
-    folder = BUNDLED.get(teacher.source, Path(teacher.source)) / JUDGE_FOLDER
-    return Judge.load(folder).to(teacher.device) if folder.is_dir() else None
+# ---- before training
 
 
-def find_base(teacher: Teacher) -> Path | None:
-    """The folder of a teacher's pipeline, where it has parts that a student needs too."""
-    if teacher.source is None or (teacher.codec is None and teacher.denoiser.conditions is None):
-        return None
-    folder = Path(teacher.source)
-    return folder if (folder / INDEX).is_file() else None
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that a result depends on."""
-    return {name: importlib.metadata.version(name) for name in PACKAGES}
-
-
-def next_free(folder: Path) -> Path:
-    """`folder`, or `folder-2`, `folder-3`, ... if it exists."""
-    return next(each for each in _numbered(folder) if not each.exists())
-
-
-def last_taken(folder: Path) -> Path:
-    """The one of these before the next free one; `folder` if there is none."""
-    taken = itertools.takewhile(Path.exists, _numbered(folder))
-    return [folder, *taken][-1]
-
-
-def _numbered(folder: Path) -> Iterator[Path]:
-    yield folder
-    for number in itertools.count(2):
-        yield folder.with_name(f"{folder.name}-{number}")
-
-
-def _check_out(out: str | Path | None, resume: bool) -> Path | None:
-    if out is None:
-        if resume:
-            raise InvalidArgumentError("resume", True, "pass out, the folder of the run.")
-        return None
-    # Only the first process needs the folder: nodes need not share a disk.
-    if resume and parallel.rank_of_launcher() == 0 and not Path(out).is_dir():
-        raise resuming.RunFolderError("out", str(out), "it is no folder: leave out resume.")
-    if not resume and Path(out).exists():
-        raise InvalidArgumentError("out", str(out), "it exists; choose another name or remove it.")
-    return Path(out)
-
-
-def _given(defaults: dict[str, Any], **arguments: Any) -> dict[str, Any]:
-    """The defaults, and the arguments that are not None in their place."""
-    return {**defaults, **{name: value for name, value in arguments.items() if value is not None}}
+def _join_processes(teacher: str | Path | Teacher, device: str | None, plan: Plan) -> str | None:
+    """Meet the run's other processes, if it has any; returns the device to train on."""
+    if not parallel.launched():
+        return device
+    default = teacher.device if isinstance(teacher, Teacher) else "cpu"
+    device = str(parallel.start(device or default))
+    check_choice("method", plan.method, (PPO,))  # the others train on one process
+    out = "missing" if plan.folder is None else "given"
+    saving = f"{plan.resume} (checkpoint_every={plan.checkpoint_every}, out {out})"
+    parallel.check_same("resume", saving)
+    return device
 
 
 def _as_teacher(teacher: str | Path | Teacher, device: str | None) -> Teacher:
     if isinstance(teacher, Teacher):
         return teacher if device is None else teacher.to(device)
     return load_teacher(teacher, device=device or "cpu")
+
+
+def _build_banks(teacher: Teacher, plan: Plan) -> Banks:
+    """Their seeds are fixed: the searched grid and the reports must not depend on the run's."""
+
+    def build(size: int, split: str, seed: int = 0) -> TeacherBank:
+        return TeacherBank.build(teacher, size, split=split, seed=seed, progress=plan.shows)
+
+    return Banks(
+        train=build(plan.bank_size, "train"),
+        validation=build(NUM_VALIDATION, "validation"),
+        test=build(plan.num_held_out, "test"),
+        reference=build(plan.num_held_out, "test", REFERENCE_SEED),
+    )
 
 
 def _search(teacher: Teacher, bank: TeacherBank, num_steps: int) -> tuple[Tensor, int]:
@@ -444,142 +283,136 @@ def _search(teacher: Teacher, bank: TeacherBank, num_steps: int) -> tuple[Tensor
     return grid, parallel.world_size() * (teacher.denoiser.network_evaluations - before)
 
 
-def _build_banks(teacher: Teacher, bank_size: int, num_held_out: int, progress: bool) -> _Banks:
-    def build(size: int, split: str, seed: int = 0) -> TeacherBank:
-        return TeacherBank.build(teacher, size, split=split, seed=seed, progress=progress)
+# ---- training
 
-    return _Banks(
-        train=build(bank_size, "train"),
-        validation=build(NUM_VALIDATION, "validation"),
-        test=build(num_held_out, "test"),
-        reference=build(num_held_out, "test", REFERENCE_SEED),
+
+def _warm_up(
+    plan: Plan,
+    teacher: Teacher,
+    banks: Banks,
+    grid: Tensor,
+    description: dict[str, Any] | None,
+) -> tuple[Denoiser, Counter[str]]:
+    """What training proper starts from, and what that cost."""
+    start = teacher.denoiser
+    if description is not None:
+        start = smaller.make_smaller(teacher, description)
+    if not plan.warm_up:
+        return start, Counter()
+    options = {
+        "iterations": plan.warm_up,
+        "seed": plan.seed,
+        **smaller.warm_up_options(plan.num_steps),
+    }
+    warm, evaluations = resuming.warm_up(
+        lambda: OutputRegression.train(teacher, banks.train, grid, start=start, **options),
+        start,
+        plan.folder,
+    )
+    return warm, Counter(warm_up=evaluations)
+
+
+def _train_ppo(
+    plan: Plan,
+    model: ReDiFPPO,
+    start: Denoiser,
+    banks: Banks,
+    grid: Tensor,
+    started: dict[str, float],
+    config: dict[str, Any],
+) -> _Trained:
+    """Train the agent, from its last checkpoint if it is resumed."""
+    policy: Any = model.policy
+    policy.load_student(start.network.state_dict())
+    logs = plan.written
+    model.set_logger(configure(str(logs) if logs else None, ["tensorboard"] if logs else []))
+    held_out = HeldOutEvaluation(banks.validation, plan.eval_every)
+    code = {**versions(), "source": resuming.source_digest(), "bank": banks.train.digest()}
+    about = {"config": config, "code": code}
+    with resuming.saving(
+        model, held_out, plan.folder, plan.checkpoint_every, plan.resume, started, about
+    ) as (callbacks, resumed):
+        callbacks += [held_out]
+        callbacks += [ProgressBar(plan.iterations, model.rollouts)] if plan.shows else []
+        callbacks += [plan.callback] if plan.callback else []
+        remaining = plan.iterations * plan.num_envs * plan.num_steps - model.num_timesteps
+        model.learn(remaining, callback=callbacks, reset_num_timesteps=not resumed)
+    head = policy.schedule_head
+    return _Trained(
+        student=model.student(),
+        timesteps=grid if head is None else head.grid(),
+        history=held_out.history,
+        spent=reinforcement.spent(model, plan.iterations * plan.num_envs),
+        model=model,
     )
 
 
-@torch.no_grad()
-def _sample(denoiser: Denoiser, grid: Tensor, bank: TeacherBank) -> Tensor:
-    def some(rows: Any) -> tuple[Tensor]:
-        condition = None if bank.condition is None else bank.condition[rows]
-        return (schedules.sample(denoiser, bank.x_T[rows], condition, grid),)
-
-    return parallel.in_shares(some, len(bank), bank.x_T.device)[0]
-
-
-def _judge(
-    teacher: Teacher, banks: _Banks, samples: dict[str, Tensor]
-) -> dict[str, dict[str, float | None]]:
-    """The figures of each method, and of the teacher itself: paired with itself it has no error."""
-    judge = find_judge(teacher)
-    rows = {**samples, "teacher_floor": banks.test.teacher_x_0}
-    figures = {name: compare(x_0, banks.test, banks.reference, judge) for name, x_0 in rows.items()}
-    figures["teacher_floor"]["paired_mse"] = None
-    return figures
-
-
-def _ledger(
-    teacher: Teacher, banks: _Banks, searched: int, spent: Mapping[str, int]
-) -> dict[str, int]:
-    """Network-forward equivalents by purpose: 1 a row sent forward, 3 forward and back.
-
-    With gradient checkpointing 4: a row is sent forward twice.
-
-    Counts, whatever the size of the network: a smaller student's rollout, update and warm-up are
-    cheaper than the teacher's answers, see the report's `flops`. Of the reward: forward passes of
-    its own networks, whatever their size.
-
-    The teacher's answers count in full, also when they came from the cache.
-    """
-    asked = len(banks.train) + (len(banks.validation) if searched else 0)
-    return {
-        "teacher": asked * teacher.num_steps * teacher.denoiser.nfe,
-        "search": searched,
-        **spent,
-    }
-
-
-def _refuse_ppo_arguments(method: str, arguments: dict[str, Any]) -> None:
-    defaults = {name: p.default for name, p in inspect.signature(distill).parameters.items()}
-    refused = [name for name in PPO_ARGUMENTS if arguments[name] != defaults[name]]
-    refused += ["schedule"] if arguments["schedule"] == LEARNED else []
-    refused += ["reward"] if method != "backprop" and arguments["reward"] != "mse" else []
-    for name in refused:
-        raise InvalidArgumentError(
-            name, arguments[name], f"leave it out: {method} has no use of it."
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Rounds:
-    """The length of another method's training in the words of PPO's."""
-
-    iterations: int
-    num_envs: int
-    batch_size: int
-    eval_every: int
-
-    def train(
-        self, method: str, teacher: Teacher, banks: _Banks, timesteps: Tensor, **options: Any
-    ) -> tuple[Result, list[dict[str, float]]]:
-        """Train, and judge on validation tasks after every `eval_every` iterations."""
-        updates = max(self.num_envs // self.batch_size, 1)
-        history: list[dict[str, float]] = []
-
-        def judge(update: int, student: Denoiser) -> None:
-            iteration, rest = divmod(update, updates)
-            if rest or (iteration % self.eval_every and iteration != self.iterations):
-                return
-            error = schedules.paired_mse(student, banks.validation, timesteps)
-            history.append({"iteration": iteration, "paired_mse": error})
-
-        result = METHODS[method].train(
-            teacher,
-            banks.train,
-            timesteps,
-            iterations=self.iterations * updates,
-            batch_size=min(self.batch_size, self.num_envs),
-            on_iteration=judge,
-            **options,
-        )
-        return result, history
-
-
-def _config(
-    arguments: dict[str, Any], teacher: Teacher, callback: BaseCallback | None
-) -> dict[str, Any]:
-    """What is written of a run, and compared when it is resumed; as JSON gives it back."""
-    given, reward = arguments["teacher"], arguments["reward"]
-    named = {
-        "teacher": given.source if isinstance(given, Teacher) else str(given),
-        "teacher_fingerprint": teacher.fingerprint(),
-        "device": teacher.device.type,
-        "reward": make_reward(reward).name,
-        "callback": None if callback is None else type(callback).__name__,
-        "versions": versions(),
-    }
-    return json.loads(json.dumps({**arguments, **named}, default=str))
-
-
-def _finish_folder(
-    folder: Path,
-    report: dict[str, Any],
-    student: Denoiser,
-    timesteps: Tensor,
+def _train_other(
+    plan: Plan,
     teacher: Teacher,
-    bank: TeacherBank,
-    samples: dict[str, Tensor],
-) -> None:
-    if can_export(student):
-        shutil.rmtree(folder / "student", ignore_errors=True)  # of a run that was resumed
-        export_student(
-            student, timesteps, teacher.make_solver().config, folder / "student", find_base(teacher)
-        )
-    else:  # a module of one's own, whose code is not ours to write
-        save_model(merge(student).network, str(folder / "student.safetensors"))
-    steps = report["num_steps"]
-    rows = {
-        f"teacher, {teacher.num_steps} steps": bank.teacher_x_0,
-        f"DDIM, {steps} steps": samples["ddim"],
-        f"student, {steps} steps": samples["student"],
+    start: Denoiser,
+    banks: Banks,
+    grid: Tensor,
+    reward: Reward,
+    options: Options,
+) -> _Trained:
+    """Train by another method for as long; judge on validation tasks as often as PPO's student."""
+    batch_size = options.agent["batch_size"]
+    updates = max(plan.num_envs // batch_size, 1)  # an iteration
+    history: list[dict[str, float]] = []
+
+    def judge(update: int, student: Denoiser) -> None:
+        iteration, rest = divmod(update, updates)
+        if rest or (iteration % plan.eval_every and iteration != plan.iterations):
+            return
+        error = schedules.paired_mse(student, banks.validation, grid)
+        history.append({"iteration": iteration, "paired_mse": error})
+
+    aim: dict[str, Any] = {"reward": reward} if plan.method in WITH_REWARD else {}
+    result = METHODS[plan.method].train(
+        teacher,
+        banks.train,
+        grid,
+        start=start,
+        iterations=plan.iterations * updates,
+        batch_size=min(batch_size, plan.num_envs),
+        learning_rate=options.learning_rate,
+        ema_decay=options.agent["ema_decay"],
+        guidance_scale=options.env.get("guidance_scale"),
+        seed=plan.seed,
+        on_iteration=judge,
+        **aim,
+    )
+    return _Trained(result.student, grid, history, result.ledger.evaluations)
+
+
+# ---- after training
+
+
+def _report(
+    plan: Plan,
+    teacher: Teacher,
+    trained: _Trained,
+    ledger: dict[str, int],
+    held_out: dict[str, dict[str, float | None]],
+    started: Mapping[str, float],
+) -> dict[str, Any]:
+    """What `summary.json` holds."""
+    threads = torch.get_num_threads()
+    return {
+        "method": plan.method,
+        "num_steps": plan.num_steps,
+        "nfe": plan.num_steps * trained.student.nfe,
+        **reporting.sizes(teacher.denoiser, trained.student),
+        "timesteps": [float(t) for t in trained.timesteps[:-1]],
+        "seed": plan.seed,
+        "trajectories": plan.iterations * plan.num_envs,
+        "network_evaluations": sum(ledger.values()),
+        "ledger": ledger,
+        "held_out": held_out,
+        "history": trained.history,
+        **{name: round(time.monotonic() - since, 1) for name, since in started.items()},
+        "versions": versions(),
+        "hardware": f"{platform.machine()}, {teacher.device}, {threads} threads",
+        "processes": parallel.world_size(),
     }
-    save_samples(folder / "samples.png", rows, bank.condition, teacher.codec)
-    write_json(folder / "summary.json", report)

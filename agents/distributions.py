@@ -47,14 +47,24 @@ class KernelDistribution(Distribution):
         eta: Noise factor of the kernel while exploring.
         min_std: Smallest std while exploring, in latent units.
         mean: `"ode"` or `"sde"`, see `transition.exploration`.
+        noise: `"gaussian"` or `"rademacher"`, see `transition.unit_noise`. Densities are the
+            Gaussian's with either.
     """
 
-    def __init__(self, schedule: NoiseSchedule, eta: float, min_std: float, mean: str) -> None:
+    def __init__(
+        self,
+        schedule: NoiseSchedule,
+        eta: float,
+        min_std: float,
+        mean: str,
+        noise: str = transition.GAUSSIAN,
+    ) -> None:
         super().__init__()
         self.schedule = schedule
         self.eta = eta
         self.min_std = min_std
         self.mean = mean
+        self.noise = noise
         self.gaussian: Gaussian
 
     def proba_distribution_net(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -102,12 +112,12 @@ class KernelDistribution(Distribution):
 
     def sample(self) -> Tensor:
         """Explore: actions `(N, D)`."""
-        return transition.sample(self.gaussian).flatten(1)
+        return transition.sample(self.gaussian, noise=self.noise).flatten(1)
 
     def sample_antithetic(self) -> Tensor:
         """Explore in pairs: rows 2i and 2i + 1 get opposite noise. Actions `(N, D)`, N even."""
         mean, std = self.gaussian
-        half = torch.randn_like(mean[::2])
+        half = transition.unit_noise(mean[::2], self.noise)
         noise = torch.stack([half, -half], 1).flatten(0, 1)
         return (mean + std * noise).flatten(1)
 

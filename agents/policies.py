@@ -21,7 +21,7 @@ from redif_env.errors import InvalidArgumentError, check_choice, check_number
 from redif_env.loading import build_from_description, can_describe, describe, load_denoiser
 from redif_env.schedules import explicit
 from redif_env.teacher import Teacher
-from redif_env.transition import EXPLORATION_MEANS, Gaussian
+from redif_env.transition import EXPLORATION_MEANS, GAUSSIAN, NOISES, RADEMACHER, Gaussian
 
 from . import sharding
 from .averaging import update_average
@@ -85,6 +85,8 @@ class StudentPolicy(ActorCriticPolicy):
         eta: Noise factor of the kernel while exploring, in [0, 1].
         min_std: Smallest standard deviation while exploring, in latent units; > 0.
         exploration_mean: `"ode"` or `"sde"`, see `redif_env.transition.exploration`.
+        exploration_noise: `"gaussian"`, or `"rademacher"` for noise of one size, see
+            `redif_env.transition.unit_noise`: gradients of less variance at no cost.
         reference: Whether to keep a frozen copy of the student that training starts from.
         lora_rank: Rank of adapters that are trained in place of the weights, which the student, its
             average and the reference then share; None trains all weights. See `lora`.
@@ -96,9 +98,9 @@ class StudentPolicy(ActorCriticPolicy):
         precision: `"float32"`, or `"bfloat16"` to let the network compute in it where torch's
             autocast finds that safe, in rollouts and updates alike. Weights, gradients, moments,
             log-ratios and losses stay float32, and so does the average that is deployed.
-        shard: Whether several processes share out the student's weights, those of its average and
-            the reference, and the optimiser's moments, each holding a part, see `sharding`. Not
-            with adapters. Changes nothing in a single process.
+        shard_student: Whether several processes share out the student's weights, those of its
+            average and the reference, and the optimiser's moments, each holding a part, see
+            `sharding`. Not with adapters. Changes nothing in a single process.
         critic: Whether to build a value network.
         critic_map: Whether it predicts a map of values, for local credit.
         critic_width: Hidden units of the value network; a sixteenth as many channels in a map's.
@@ -135,12 +137,13 @@ class StudentPolicy(ActorCriticPolicy):
         eta: float = 0.1,
         min_std: float = 0.02,
         exploration_mean: str = "ode",
+        exploration_noise: str = GAUSSIAN,
         reference: bool = False,
         lora_rank: int | None = None,
         lora_targets: Sequence[str] | None = None,
         gradient_checkpointing: bool = False,
         precision: str = "float32",
-        shard: bool = False,
+        shard_student: bool = False,
         critic: bool = False,
         critic_map: bool = False,
         critic_width: int = 256,
@@ -159,6 +162,13 @@ class StudentPolicy(ActorCriticPolicy):
         self.exploration_mean = check_choice(
             "exploration_mean", exploration_mean, EXPLORATION_MEANS
         )
+        self.exploration_noise = check_choice("exploration_noise", exploration_noise, NOISES)
+        if learn_std and exploration_noise == RADEMACHER:
+            raise InvalidArgumentError(
+                "exploration_noise",
+                exploration_noise,
+                "pass 'gaussian' with learn_std: noise of one size says nothing about the std.",
+            )
         self.settings: dict[str, Any] = {
             "student": student,
             "timesteps": [float(t) for t in timesteps],
@@ -169,7 +179,7 @@ class StudentPolicy(ActorCriticPolicy):
             "lora_targets": lora_targets,
             "gradient_checkpointing": gradient_checkpointing,
             "precision": check_choice("precision", precision, tuple(PRECISIONS)),
-            "shard": shard,
+            "shard_student": shard_student,
             "critic": critic,
             "critic_map": critic_map,
             "critic_width": critic_width,
@@ -192,9 +202,9 @@ class StudentPolicy(ActorCriticPolicy):
 
     def _build(self, lr_schedule: Schedule) -> None:
         settings = self.settings
-        if settings["shard"] and settings["lora_rank"] is not None:
+        if settings["shard_student"] and settings["lora_rank"] is not None:
             raise InvalidArgumentError(
-                "shard", True, "pass False with adapters, whose networks share their weights."
+                "shard_student", True, "pass False with adapters, whose networks share weights."
             )
         base = make_student(settings["student"]).eval()
         base.network_evaluations = 0  # a copy of the teacher brings its count along
@@ -207,7 +217,7 @@ class StudentPolicy(ActorCriticPolicy):
         )
         for denoiser in self._acting():  # but not the average, which is deployed
             denoiser.autocast = PRECISIONS[settings["precision"]]
-        self.sharded = settings["shard"] and parallel.world_size() > 1
+        self.sharded = settings["shard_student"] and parallel.world_size() > 1
         if self.sharded:
             for denoiser in self._denoisers():
                 sharding.shard(denoiser.network)
@@ -332,7 +342,11 @@ class StudentPolicy(ActorCriticPolicy):
 
         def step(s: Tensor) -> KernelDistribution:
             kernel = KernelDistribution(
-                denoiser.schedule, self.eta, self.min_std, self.exploration_mean
+                denoiser.schedule,
+                self.eta,
+                self.min_std,
+                self.exploration_mean,
+                self.exploration_noise,
             )
             return kernel.proba_distribution(x_t, x0_pred, t, s, scale)
 
@@ -451,6 +465,7 @@ class StudentPolicy(ActorCriticPolicy):
             "eta": self.eta,
             "min_std": self.min_std,
             "exploration_mean": self.exploration_mean,
+            "exploration_noise": self.exploration_noise,
             "optimizer_class": self.optimizer_class,
             "optimizer_kwargs": self.optimizer_kwargs,
             **self.settings,

@@ -19,52 +19,41 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from redif_env import parallel, schedules
+from redif_env import parallel
 from redif_env.env import ReDiFEnv
-from redif_env.errors import (
-    InvalidArgumentError,
-    ReDiFError,
-    check_choice,
-    check_integer,
-    check_number,
-)
-from redif_env.noise import expand
+from redif_env.errors import InvalidArgumentError
 from redif_env.rewards import online_terms
 from redif_env.vector_env import ReDiFVectorEnv
 
-from . import compatibility, diagnostics, losses, minibatch, schedule_learning, sharding
+from . import (
+    compatibility,
+    diagnostics,
+    exploration,
+    minibatch,
+    schedule_learning,
+    sharding,
+    wiring,
+)
 from .advantages import batch_relative
-from .buffers import RolloutBatch, TorchRolloutBuffer
+from .buffers import TorchRolloutBuffer
 from .choices import ScheduleHead
-from .divergences import DIVERGENCES, AdaptiveCoefficient, divergence_map
+from .divergences import AdaptiveCoefficient
+from .exploration import GAP_FRACTION, at
+from .guards import RatioError, TrainingDivergedError, check_ratio, check_skipped
 from .lora import merge
 from .minibatch import Evaluation
+from .objective import Objective
+from .options import check, check_numbers
 from .policies import StudentPolicy, copy_of_teacher
-from .sampling import sample
 from .saving import TrainingState
 from .schedule_learning import ChoiceRollout
 from .sharing import Shared, Turns, draw_turns, in_rollout
 from .statistics import EpisodeStatistics, HostView
 from .vec_env import TorchVecEnv
 
-ADVANTAGES = ("group", "batch", "task", "gae")
-CREDITS = ("local", "global")
-STOCHASTIC_STEPS = ("all", "one")
-# Root-mean-square log-ratio an element before the first update. float32 on different batch sizes
-# gives about 1e-5; active dropout, another guidance scale or mixed dtypes give 0.1 and more.
-RATIO_TOLERANCE = 1e-2
-GAP_FRACTION = 0.5
-GAP_TASKS = 64  # on which the gap is measured before the first rollout
+__all__ = ["GAP_FRACTION", "RatioError", "ReDiFPPO", "TrainingDivergedError"]
+
 Answer = TypeVar("Answer")
-MAX_SKIPPED = 3  # updates in a row that may have no finite loss or gradient
-
-
-class RatioError(ReDiFError, RuntimeError):
-    """The policy no longer gives the probabilities it acted with, before any update was made."""
-
-
-class TrainingDivergedError(ReDiFError, RuntimeError):
-    """Several updates in a row had a loss or gradient that is not finite."""
 
 
 class ReDiFPPO(PPO):
@@ -198,76 +187,38 @@ class ReDiFPPO(PPO):
         device: torch.device | str = "auto",
         _init_setup_model: bool = True,
     ) -> None:
-        self.ratio = check_choice("ratio", ratio, losses.RATIOS)
-        self.advantage = check_choice("advantage", advantage, ADVANTAGES)
-        self.credit = check_choice("credit", credit, CREDITS)
-        self.local_weight = check_number("local_weight", local_weight, 0, 1)
-        self.local_radius = check_integer("local_radius", local_radius, 0)
-        if advantage_clip is not None:
-            advantage_clip = check_number("advantage_clip", advantage_clip, 1e-6)
-        self.advantage_clip = advantage_clip
-        if divergence is not None:
-            check_choice("divergence", divergence, DIVERGENCES)
-        self.divergence = divergence
-        self.divergence_coef = check_number("divergence_coef", divergence_coef)
-        self.divergence_alpha = divergence_alpha
-        self.divergence_target = divergence_target
-        self.adaptive_lr = compatibility.check_flag("adaptive_lr", adaptive_lr)
-        self.target_kl = target_kl
         grouped = advantage == "group"
         if stochastic_steps is None:
             stochastic_steps = "one" if grouped else "all"
-        self.stochastic_steps = _check_window(stochastic_steps)
-        if step_weights is not None:
-            compatibility.check_list("step_weights", step_weights)
-            step_weights = [check_number("step_weights", weight) for weight in step_weights]
-        self.step_weights = step_weights
-        if micro_batch_size is not None:
-            micro_batch_size = check_integer("micro_batch_size", micro_batch_size, 1)
-        self.micro_batch_size = micro_batch_size
-        self.antithetic = grouped
-        if antithetic is not None:
-            self.antithetic = compatibility.check_flag("antithetic", antithetic)
+        self.ratio: str = check("ratio", ratio)
+        self.advantage: str = check("advantage", advantage)
+        self.credit: str = check("credit", credit)
+        self.local_weight: float = check("local_weight", local_weight)
+        self.local_radius: int = check("local_radius", local_radius)
+        self.advantage_clip: float | None = check("advantage_clip", advantage_clip)
+        self.divergence: str | None = check("divergence", divergence)
+        self.divergence_coef: float = check("divergence_coef", divergence_coef)
+        self.divergence_alpha = divergence_alpha
+        self.divergence_target = divergence_target
+        self.adaptive_lr: bool = check("adaptive_lr", adaptive_lr)
+        self.target_kl = target_kl
+        self.stochastic_steps: str | int = check("stochastic_steps", stochastic_steps)
+        self.step_weights: list[float] | None = check("step_weights", step_weights)
+        self.micro_batch_size: int | None = check("micro_batch_size", micro_batch_size)
+        self.antithetic: bool = grouped if antithetic is None else check("antithetic", antithetic)
         self.eta = eta
         self.min_std = min_std
-        if isinstance(gap_fraction, str):
-            check_choice("gap_fraction", gap_fraction, ("auto",))
-        elif gap_fraction is not None:
-            gap_fraction = check_number("gap_fraction", gap_fraction)
-        self.gap_fraction: Any = gap_fraction
-        self.gap = 0.0
-        self._gap: Tensor | None = None
-        self.ema_decay = check_number("ema_decay", ema_decay, 0, 1)
-        if trained is not None:
-            check_choice("trained", trained, schedule_learning.PARTS)
-        self.trained: Any = trained
-        self.schedule_clip_range = check_number("schedule_clip_range", schedule_clip_range)
-        self.schedule_ent_coef = check_number("schedule_ent_coef", schedule_ent_coef)
-        self.rollouts = 0
-        self.training_state = TrainingState()
+        self.gap_fraction: Any = check("gap_fraction", gap_fraction)
+        self.ema_decay: float = check("ema_decay", ema_decay)
+        self.trained: Any = check("trained", trained)
+        self.schedule_clip_range: float = check("schedule_clip_range", schedule_clip_range)
+        self.schedule_ent_coef: float = check("schedule_ent_coef", schedule_ent_coef)
         compatibility.check_options(self)
-        self.adaptive_coef = (
-            None
-            if divergence_target is None
-            else AdaptiveCoefficient(divergence_target, divergence_coef)
-        )
-        # The learning rate is divided by a coefficient that grows while the KL is too large.
-        self.lr_divisor = AdaptiveCoefficient(target_kl or 1.0) if adaptive_lr else None
-        self.rows_trained = 0
-        self.updates = 0
-        self.updates_skipped = 0
-        self._skipped_in_a_row = 0
-        self._explored_step: Tensor
-        self._turns: Turns
-        self._error: Tensor | None = None
-        self._choices = ChoiceRollout(0)
-        self._row: Tensor
-        self._start: list[Tensor] = []
-        if n_steps is not None:
-            n_steps = check_integer("n_steps", n_steps, 1)
-        batch_size = check_integer("batch_size", batch_size, 2)
-        n_epochs = check_integer("n_epochs", n_epochs, 1)
-        compatibility.check_numbers(
+        self._start_counting()
+        n_steps = check("n_steps", n_steps)
+        batch_size = check("batch_size", batch_size)
+        n_epochs = check("n_epochs", n_epochs)
+        check_numbers(
             {
                 "learning_rate": learning_rate,
                 "clip_range": clip_range,
@@ -319,6 +270,29 @@ class ReDiFPPO(PPO):
         )
         if _init_setup_model:
             self._setup_model()
+
+    def _start_counting(self) -> None:
+        """What changes while training, as it is before."""
+        target = self.divergence_target
+        self.adaptive_coef = (
+            None if target is None else AdaptiveCoefficient(target, self.divergence_coef)
+        )
+        # The learning rate is divided by a coefficient that grows while the KL is too large.
+        self.lr_divisor = AdaptiveCoefficient(self.target_kl or 1.0) if self.adaptive_lr else None
+        self.training_state = TrainingState()
+        self.rollouts = 0
+        self.rows_trained = 0
+        self.updates = 0
+        self.updates_skipped = 0
+        self._skipped_in_a_row = 0
+        self.gap = 0.0
+        self._gap: Tensor | None = None
+        self._error: Tensor | None = None
+        self._explored_step: Tensor
+        self._turns: Turns
+        self._choices = ChoiceRollout(0)
+        self._row: Tensor
+        self._start: list[Tensor] = []
 
     @property
     def window(self) -> int | None:
@@ -389,57 +363,32 @@ class ReDiFPPO(PPO):
         if env is None:
             return
         self.rollout_buffer_class = TorchRolloutBuffer
-        self.rollout_buffer_kwargs = {
-            "advantage": self.advantage,
-            "credit": self.credit,
-            "local_weight": self.local_weight,
-            "local_radius": self.local_radius,
-            "advantage_clip": self.advantage_clip,
-            "stochastic_steps": self.window,
-            "normalize_advantage": self.normalize_advantage,
-            "seed": self.seed or 0,
-            **self.rollout_buffer_kwargs,
-        }
+        self.rollout_buffer_kwargs = {**wiring.buffer_options(self), **self.rollout_buffer_kwargs}
         if self.trains_student:
             self._configure_student(env.env)
 
     def _configure_student(self, env: VectorEnv) -> None:
-        base: Any = env.unwrapped
-        defaults: dict[str, Any] = {
-            "critic": self.advantage == "gae",
-            "critic_map": self.credit == "local",
-            "reference": self.divergence is not None,
-            "eta": _at(self.eta, 1.0),
-            "min_std": _at(self.min_std, 1.0),
-        }
+        base = env.unwrapped
         self._copies_teacher = False
-        free = isinstance(base, ReDiFVectorEnv) and base.timesteps is None
+        if not isinstance(base, ReDiFVectorEnv):
+            self.trained = self.trained or "student"
+            self.policy_kwargs = {**wiring.policy_options(self), **self.policy_kwargs}
+            return
+        free = base.timesteps is None
         self.trained = self.trained or ("both" if free else "student")
-        if isinstance(base, ReDiFVectorEnv):
-            compatibility.check_process(base)
-            compatibility.check_trained(self, free)
-            grid = base.timesteps
-            if grid is None:
-                grid = schedules.uniform(base.process.schedule, base.max_steps)
-                head = self.policy_kwargs.get("schedule_head") or {}
-                self.policy_kwargs["schedule_head"] = {"min_steps": base.process.min_steps, **head}
-            defaults["timesteps"] = grid.tolist()
-            self._copies_teacher = "student" not in self.policy_kwargs
-            if self._copies_teacher:
-                defaults["student"] = copy_of_teacher(base.teacher, base.guidance_scale)
-            compatibility.check_episodes(self, base.group_size, base.max_steps, base.process.reward)
-            # With a free schedule rows of a group may differ in their times.
-            self.rollout_buffer_kwargs["shares_states"] = self.window == 1 and not free
-            # The next latent is the action itself, unless somebody's wrapper changes it.
-            plain = not free and type(env) is ReDiFVectorEnv
-            self.rollout_buffer_kwargs["action_bound"] = base.action_bound if plain else None
-            self.rollout_buffer_kwargs.update(
-                group_size=base.group_size, episode_length=base.max_steps, num_tasks=base.num_tasks
-            )
+        compatibility.check_process(base)
+        compatibility.check_trained(self, free)
+        compatibility.check_episodes(self, base.group_size, base.max_steps, base.process.reward)
+        grid = wiring.grid(base)
+        self._copies_teacher = "student" not in self.policy_kwargs
+        defaults = {**wiring.policy_options(self), "timesteps": grid}
+        if self._copies_teacher:
+            defaults["student"] = copy_of_teacher(base.teacher, base.guidance_scale)
         self.policy_kwargs = {**defaults, **self.policy_kwargs}
-        compatibility.check_timesteps(
-            self.policy_kwargs.get("timesteps", []), defaults.get("timesteps"), free
-        )
+        if free:
+            self.policy_kwargs["schedule_head"] = wiring.head_options(self, base)
+        self.rollout_buffer_kwargs.update(wiring.episode_options(self, env))
+        compatibility.check_timesteps(self.policy_kwargs["timesteps"], grid, free)
 
     def _attach_state(self) -> None:
         base = self.env.env.unwrapped if isinstance(self.env, TorchVecEnv) else None
@@ -477,7 +426,11 @@ class ReDiFPPO(PPO):
         running: Tensor | None = None
         for step in range(n_rollout_steps):
             if self._schedule_head is not None and step % rollout_buffer.episode_length == 0:
-                running = self._begin_episodes(env, step // rollout_buffer.episode_length)
+                episode = step // rollout_buffer.episode_length
+                self._last_obs, running = schedule_learning.begin_episodes(  # type: ignore[assignment]
+                    self._schedule_head, env.env, self._choices, episode
+                )
+                self._last_episode_starts = running  # type: ignore[assignment]
             observation, starts = self._last_obs, self._last_episode_starts
             with torch.no_grad():
                 actions, record = self._act(observation, rollout_buffer, running)  # type: ignore[arg-type]
@@ -534,29 +487,6 @@ class ReDiFPPO(PPO):
         self._row = torch.arange(self.n_envs, device=buffer.device)
         self.rollouts += 1
 
-    def _begin_episodes(self, env: TorchVecEnv, episode: int) -> Tensor:
-        """Start an episode in every row at the times that the policy chooses; all are running.
-
-        Episodes differ in length: what follows one before all have ended is not trained on.
-        """
-        head = self._schedule_head
-        assert head is not None
-        _, infos = env.env.reset()
-        tasks = infos["task"]
-        bank = env.env.unwrapped.bank  # type: ignore[attr-defined]
-        condition = None if bank.condition is None else bank.condition[tasks]
-        before = head.before(bank.x_T[tasks], condition)
-        choosing = self._row >= self.n_envs - self._choices.num_rows
-        running = torch.ones_like(choosing)
-        with torch.no_grad():
-            first = head(before)
-            choice = torch.where(choosing, first.sample(), first.mode())
-            self._choices.add(before, choice, first, running, episode)
-            options = {"tasks": tasks, "start": head.next_time(choice, before)}
-        self._last_obs, _ = env.env.reset(options=options)
-        self._last_episode_starts = running  # type: ignore[assignment]
-        return running
-
     def _add_outcome(self, buffer: TorchRolloutBuffer, infos: Mapping[str, Any]) -> None:
         """Store what episodes that ended leave behind, beside the reward."""
         if not self.trains_student or "episode" not in infos:
@@ -573,24 +503,9 @@ class ReDiFPPO(PPO):
 
     def _add_gap(self, buffer: TorchRolloutBuffer, ended: Tensor | None) -> None:
         state = self.env.env.unwrapped.last_state  # type: ignore[union-attr]
-        error = state.x_t - state.teacher_x_0
-        if ended is not None and self._error is not None:
-            error = torch.where(expand(ended, error), error, self._error)
-        self._error = error
-        groups = error[: buffer.student_rows].unflatten(0, (-1, buffer.group_size))
-        # The mean of a group, of opposite noise above all, is nearly free of exploration.
-        self._gap = _root_mean_square(groups.mean(1))
-
-    @torch.no_grad()
-    def _gap_without_noise(self) -> Tensor:
-        """The gap of the tasks that the first episodes start from, or of some of them."""
-        policy = self.policy
-        assert isinstance(policy, StudentPolicy)
-        state, some = self.env.env.unwrapped.state, slice(GAP_TASKS)  # type: ignore[union-attr]
-        condition = None if state.condition is None else state.condition[some]
-        times = policy.schedule_head or policy.timesteps
-        x_0, _ = sample(policy.denoiser, times, state.x_T[some], condition)
-        return _root_mean_square(x_0 - state.teacher_x_0[some])
+        self._error = exploration.final_error(state, ended, self._error)
+        student = self._error[: buffer.student_rows]
+        self._gap = exploration.gap_of_groups(student, buffer.group_size)
 
     def _values(self, observation: Any) -> Tensor:
         if isinstance(self.policy, StudentPolicy):
@@ -760,12 +675,7 @@ class ReDiFPPO(PPO):
             return True
         self.updates_skipped += 1
         self._skipped_in_a_row += 1
-        if self._skipped_in_a_row >= MAX_SKIPPED:
-            raise TrainingDivergedError(
-                f"{MAX_SKIPPED} updates in a row had a loss or gradient that is not finite. Lower "
-                "learning_rate, raise min_std (log-ratios grow with its inverse), set "
-                "advantage_clip=5, or check that the reward is finite."
-            )
+        check_skipped(self._skipped_in_a_row)
         return False
 
     def _evaluate(self, batch: Any) -> Evaluation:
@@ -783,51 +693,26 @@ class ReDiFPPO(PPO):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """PPO's loss on a minibatch or a part of it, and what to log; evaluates it if needed."""
         new = self._evaluate(batch) if new is None else new
-        weights = None if self.step_weights is None else self._weights_of(batch)
-        policy_loss = losses.surrogate(new.log_ratio, self._advantages(batch), clip_range, weights)
-        loss = policy_loss
-        statistics = {
-            "policy_gradient_loss": policy_loss.detach(),
-            "kl": new.kl.mean(),
-            "clip_fraction": losses.clip_fraction(new.log_ratio, clip_range).mean(),
-            "effective_sample_size": losses.effective_sample_size(new.log_ratio),
-            "ratio_error": new.error.mean(),  # its root is taken of all rows, see `_average`
-        }
-        if new.gaussian is not None:
+        objective = self._objective(clip_range, clip_range_vf)
+        loss, statistics = objective.loss(batch, self._advantages(batch), new)
+        if isinstance(self.policy, StudentPolicy):
             statistics["per_step"] = diagnostics.per_step(
-                batch,
-                new,
-                clip_range,
-                self.policy.num_steps,  # type: ignore[arg-type]
+                batch, new, clip_range, self.policy.num_steps
             )
-        if self.divergence is not None:
-            penalty = self._penalty(new)
-            joint = losses.reduce_log_ratio(penalty, self.ratio).sum(1).mean()
-            loss = loss + self.divergence_coef * joint
-            statistics["divergence"] = penalty.detach().mean()
-        if new.values is not None:
-            value_loss = losses.value_loss(
-                new.values, batch.old_values, batch.returns, clip_range_vf
-            )
-            loss = loss + self.vf_coef * value_loss
-            statistics["value_loss"] = value_loss.detach()
-        if new.entropy is not None:
-            loss = loss - self.ent_coef * new.entropy.mean()
-            statistics["entropy_loss"] = -new.entropy.detach().mean()
-        statistics["loss"] = loss.detach()
         return loss, statistics
 
-    def _penalty(self, new: Evaluation) -> Tensor:
-        """Divergence from the reference of each element, `(B, D)`, with gradients to `new`."""
-        assert self.divergence is not None
-        assert new.gaussian is not None
-        assert new.reference is not None
-        alpha = self.divergence_alpha
-        return divergence_map(self.divergence, new.gaussian, new.reference, alpha).flatten(1)
-
-    def _weights_of(self, batch: RolloutBatch) -> Tensor:
-        """Weight of each transition's loss, `(B,)`."""
-        return torch.tensor(self.step_weights, device=self.device)[batch.step_index]
+    def _objective(self, clip_range: float, clip_range_vf: float | None) -> Objective:
+        return Objective(
+            ratio=self.ratio,
+            clip_range=clip_range,
+            clip_range_vf=clip_range_vf,
+            divergence=self.divergence,
+            divergence_coef=self.divergence_coef,
+            divergence_alpha=self.divergence_alpha,
+            step_weights=self.step_weights,
+            ent_coef=self.ent_coef,
+            vf_coef=self.vf_coef,
+        )
 
     def _advantages(self, batch: Any) -> Tensor:
         """Advantages of a minibatch, `(B, D)` or `(B, 1)`."""
@@ -839,15 +724,7 @@ class ReDiFPPO(PPO):
         return advantages.unsqueeze(1)
 
     def _check_ratio(self, error: Tensor) -> None:
-        """Before the first update of an iteration the ratio is 1, or the gradient is biased."""
-        value = float(error)
-        if not value <= RATIO_TOLERANCE:
-            raise RatioError(
-                f"before the first update the root-mean-square log-ratio is {value:.3g}, not 0: "
-                "the update does not see the policy that acted. Usual causes: dropout or batch "
-                "normalisation in training mode, another dtype or autocast in the update than in "
-                "the rollout, another guidance scale, or weights changed by a callback."
-            )
+        check_ratio(error)
 
     def _clip_gradients(self) -> dict[str, Tensor]:
         """Clip each parameter group by itself; returns the norms before clipping, by name."""
@@ -872,11 +749,12 @@ class ReDiFPPO(PPO):
 
     def _set_exploration(self) -> None:
         if isinstance(self.policy, StudentPolicy):
-            self.policy.eta = _at(self.eta, self._current_progress_remaining)
-            min_std = _at(self.min_std, self._current_progress_remaining)
+            self.policy.eta = at(self.eta, self._current_progress_remaining)
+            min_std = at(self.min_std, self._current_progress_remaining)
             if self.gap_fraction is not None:
                 if self._gap is None and not self.gap:
-                    self._gap = self._gap_without_noise()
+                    state = self.env.env.unwrapped.state  # type: ignore[union-attr]
+                    self._gap = exploration.gap_without_noise(self.policy, state)
                 if self._gap is not None:
                     self.gap = float(self._gap)
                 min_std = max(min_std, self.gap_fraction * self.gap)
@@ -924,7 +802,7 @@ class ReDiFPPO(PPO):
             self._turns = draw_turns(groups, length, first, buffer.device)
             self._explored_step = self._turns.steps.repeat_interleave(buffer.group_size)
             buffer.add_explored_step(self._explored_step)
-        return (step - self._explored_step) % length < (self.window or length)
+        return exploration.in_window(step, self._explored_step, length, self.window)
 
     def _shared_rows(self, buffer: TorchRolloutBuffer) -> Shared | None:
         """Which rows are in one state in the current step, see `sharing`."""
@@ -943,7 +821,9 @@ class ReDiFPPO(PPO):
         self._record_means(history)
         self.logger.record("train/ratio_error", float(history[0]["ratio_error"]))
         if "value_loss" in history[0]:
-            self.logger.record("train/explained_variance", self._explained_variance())
+            buffer = self.rollout_buffer
+            explained = diagnostics.explained_variance(buffer.values, buffer.returns)
+            self.logger.record("train/explained_variance", explained)
         if self.divergence is not None:
             self.logger.record("train/divergence_coef", self.divergence_coef)
         if isinstance(self.rollout_buffer, TorchRolloutBuffer):
@@ -963,18 +843,8 @@ class ReDiFPPO(PPO):
             self.logger.record("train/gap", self.gap)
 
     def _record_means(self, history: list[dict[str, Tensor]]) -> None:
-        """Log the means over minibatches of what most of them have."""
-        for name in dict.fromkeys(name for entry in history for name in entry):
-            values = [entry[name] for entry in history if name in entry]
-            if name not in ("ratio_error", "per_step"):
-                self.logger.record(f"train/{name}", float(torch.stack(values).mean()))
-
-    def _explained_variance(self) -> float:
-        """Share of the returns' variance that the critic explains: 1 is all, 0 none."""
-        values, returns = (
-            torch.as_tensor(getattr(self.rollout_buffer, name)) for name in ("values", "returns")
-        )
-        return float(1 - (returns - values).var() / returns.var())
+        for name, value in diagnostics.means(history).items():
+            self.logger.record(f"train/{name}", value)
 
     def _setup_learn(
         self,
@@ -1042,18 +912,3 @@ class ReDiFPPO(PPO):
             "_choices",
             "_row",
         ]
-
-
-def _root_mean_square(values: Tensor) -> Tensor:
-    return parallel.mean(values.detach().square().mean()).sqrt()
-
-
-def _check_window(stochastic_steps: str | int) -> str | int:
-    if isinstance(stochastic_steps, str):
-        return check_choice("stochastic_steps", stochastic_steps, STOCHASTIC_STEPS)
-    return check_integer("stochastic_steps", stochastic_steps, 1)
-
-
-def _at(value: float | Schedule, progress_remaining: float) -> float:
-    """A number, or a function of the remaining progress at that progress."""
-    return float(value(progress_remaining)) if callable(value) else float(value)

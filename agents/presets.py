@@ -17,11 +17,11 @@ from redif_env.errors import check_choice
 
 Recipe = dict[str, Any]
 
-# This project's: element ratios, local credit, one exploring step, opposite noise whose size
-# follows the gap to the teacher, three epochs.
+# This project's: element ratios, local credit, one exploring step, opposite noise of one size in
+# all elements that follows the gap to the teacher, three epochs.
 _DEFAULT: Recipe = {
     "env": {"group_size": 2},
-    "policy": {},
+    "policy": {"exploration_noise": "rademacher"},
     "agent": {
         "ratio": "element",
         "advantage": "group",

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from . import losses
@@ -123,6 +124,38 @@ class ChoiceRollout:
         return _taken(batch, record["counts"].nonzero().squeeze(1))
 
 
+def begin_episodes(
+    head: ScheduleHead, env: VectorEnv, rollout: ChoiceRollout, episode: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Start an episode in every row at the times that a head chooses; all are running.
+
+    Episodes differ in length: what follows one before all have ended is not trained on.
+
+    Args:
+        head: Chooses.
+        env: A `ReDiFVectorEnv` of N rows with a free schedule.
+        rollout: Keeps the choices of the rows that draw; the others take the most likely time.
+        episode: Which one of the rollout begins.
+
+    Returns:
+        Observations, and which rows' episodes are under way, bool `(N,)`.
+    """
+    base: Any = env.unwrapped
+    _, infos = env.reset()
+    tasks = infos["task"]
+    condition = None if base.bank.condition is None else base.bank.condition[tasks]
+    before = head.before(base.bank.x_T[tasks], condition)
+    choosing = torch.arange(len(tasks), device=tasks.device) >= len(tasks) - rollout.num_rows
+    running = torch.ones_like(choosing)
+    with torch.no_grad():
+        first = head(before)
+        choice = torch.where(choosing, first.sample(), first.mode())
+        rollout.add(before, choice, first, running, episode)
+        options = {"tasks": tasks, "start": head.next_time(choice, before)}
+    observations, _ = env.reset(options=options)
+    return observations, running
+
+
 def loss(
     head: ScheduleHead, batch: ChoiceBatch, clip_range: float, ent_coef: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -136,7 +169,7 @@ def loss(
         "schedule_kl": losses.approximate_kl(log_ratio),
         "schedule_clip_fraction": losses.clip_fraction(log_ratio, clip_range).mean(),
         "schedule_entropy": entropy.detach(),
-        "ratio_error": log_ratio.detach().square().mean(),  # mean square, as of `ReDiFPPO._loss`
+        "ratio_error": log_ratio.detach().square().mean(),  # mean square, as of `Objective.loss`
     }
     return policy_loss - ent_coef * entropy, statistics
 

@@ -23,6 +23,8 @@ from .errors import check_choice
 from .noise import NoiseSchedule, expand, from_x0
 
 EXPLORATION_MEANS = ("ode", "sde")
+GAUSSIAN, RADEMACHER = "gaussian", "rademacher"
+NOISES = (GAUSSIAN, RADEMACHER)
 
 
 class Gaussian(NamedTuple):
@@ -120,11 +122,32 @@ def _mean(x_t: Tensor, x0_pred: Tensor, scales: tuple[Tensor, ...], std: Tensor)
     return alpha_s * x0_pred + (sigma_s**2 - std**2).clamp_min(0).sqrt() * eps_pred
 
 
-def sample(gaussian: Gaussian, generator: torch.Generator | None = None) -> Tensor:
-    """Draw `x_s`, `(N, ...)`, from the kernel."""
+def unit_noise(like: Tensor, kind: str, generator: torch.Generator | None = None) -> Tensor:
+    r"""Noise of mean 0 and covariance 1, of the shape, dtype and device of `like`.
+
+    Rademacher's is 1 or -1 in each element. A policy that explores with it estimates the gradient
+    of a reward r by :math:`\epsilon\,r(\mu + \sigma\epsilon)` like one that explores with Gaussian
+    noise: where r is quadratic within the noise's reach the expectations agree, since they depend
+    on the covariance alone, and else it is the gradient of another smoothing of r. The estimate of
+    an element loses the factor :math:`\epsilon_j^2` of random size; what remains of its variance
+    comes from the other elements. It is the best choice for such estimates (Spall 1992, IEEE TAC
+    37(3); Sadegh and Spall 1998, IEEE TAC 43(10)).
+
+    Args:
+        like: A tensor.
+        kind: One of `NOISES`.
+        generator: Source of randomness; default: torch's.
+    """
+    noise = torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+    return torch.ones_like(noise).copysign(noise) if kind == RADEMACHER else noise
+
+
+def sample(
+    gaussian: Gaussian, generator: torch.Generator | None = None, noise: str = GAUSSIAN
+) -> Tensor:
+    """Draw `x_s`, `(N, ...)`, from the kernel; `noise` as in `unit_noise`."""
     mean, std = gaussian
-    noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-    return mean + std * noise
+    return mean + std * unit_noise(mean, noise, generator)
 
 
 def log_prob_map(x_s: Tensor, gaussian: Gaussian) -> Tensor:

@@ -209,32 +209,50 @@ def _rates(*rates: float, **others: Any) -> tuple[Settings, ...]:
     return tuple({**others, "learning_rate": rate} for rate in rates)
 
 
+def _sizes(*pairs: tuple[float, int], **others: Any) -> tuple[Settings, ...]:
+    """Learning rates with smaller minibatches than the default: more updates for a budget."""
+    return tuple({**others, "learning_rate": rate, "batch_size": size} for rate, size in pairs)
+
+
 # What follows the teacher's trajectory learns worse on a grid that calls noise by another time.
-_ON_UNIFORM = (*_rates(2e-4, 5e-4, 1e-3, grid=UNIFORM), *_rates(5e-4))
+_UNIFORM: Settings = {"grid": UNIFORM}
 _RATES = _rates(1e-4, 2e-4, 5e-4, 1e-3)
-# Four each, at two steps.
+_SIZES = ((5e-4, 128), (5e-4, 64), (2e-4, 64), (2e-4, 32))
+# Eight each, at two steps.
 TRIALS: dict[str, Sequence[Settings]] = {
-    "output_regression": _RATES,
+    "output_regression": (*_RATES, *_sizes(*_SIZES)),
     "trajectory_regression": (
         *_rates(5e-4),
         *_rates(2e-4, 5e-4, 1e-3, teacher_steps=12),
+        *_sizes(*_SIZES, teacher_steps=12),
     ),
-    "progressive": _ON_UNIFORM,
-    "consistency": _ON_UNIFORM,
+    "progressive": (
+        *_rates(2e-4, 5e-4, 1e-3, **_UNIFORM),
+        *_rates(5e-4),
+        *_sizes(*_SIZES, **_UNIFORM),
+    ),
+    "consistency": (
+        *_rates(2e-4, 5e-4, 1e-3, **_UNIFORM),
+        *_rates(5e-4),
+        *_sizes((1e-3, 128), (1e-3, 64), (5e-4, 64), (5e-4, 32), **_UNIFORM),
+    ),
     "distribution_matching": (
         *_rates(1e-4, batch_size=64, fake_updates=1),
         *_rates(5e-5, 1e-4, 2e-4, batch_size=64, fake_updates=2),
+        *_sizes((5e-5, 128), (1e-4, 128), (5e-5, 32), (2e-5, 64), fake_updates=2),
     ),
-    "backprop": _RATES,
+    "backprop": (*_RATES, *_sizes((2e-4, 128), (2e-4, 64), (1e-4, 64), (1e-4, 32))),
     SURROGATE: (
         *_rates(2e-4),
         *_rates(1e-4, 2e-4, surrogate_updates=2),
         *_rates(2e-4, noise_std=0.3),
+        *_sizes((2e-4, 128), (2e-4, 64), (1e-4, 64), (1e-4, 32)),
     ),
     OURS: (
         *_rates(2e-4, 4e-4),
-        *_rates(2e-4, group_size=4, num_envs=1024, batch_size=512),
-        *_rates(5e-4, group_size=8, num_envs=2048, batch_size=1024),
+        *_sizes((1e-4, 128), (2e-4, 128), (1e-4, 64), (2e-4, 64)),
+        *_sizes((2e-4, 128), n_epochs=2),
+        *_sizes((1e-4, 128), num_envs=256),
     ),
 }
 # The best by paired MSE; of distribution matching, which pairs nothing, by Frechet distance.

@@ -24,8 +24,8 @@ from redif_env.files import replacing, write_text
 
 from ..baselines import Ledger, Result
 from ..comparison import Drawn, measure
-from ..distillation import versions
 from ..pictures import columns
+from ..reporting import versions
 from .entrants import ENTRANTS, GRID, TRIALS, UNIFORM, Entrant, chosen, solve
 from .tasks import Task
 

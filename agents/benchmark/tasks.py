@@ -24,8 +24,8 @@ from redif_env.teacher import Teacher, TeacherBank, digest_of
 
 from .. import baselines, smaller
 from ..comparison import Bench, Features, Yardstick
-from ..distillation import REFERENCE_SEED, find_judge
 from ..evaluation import Judge
+from ..reporting import REFERENCE_SEED, find_judge
 
 QUARTER = 0.25
 REWARD = "reward"  # the first figure where it has no gradient

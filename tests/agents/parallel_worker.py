@@ -41,7 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sharded": {
         "micro_batch_size": 3,
         "divergence": "kl",
-        "policy_kwargs": {"shard": True, "gradient_checkpointing": True},
+        "policy_kwargs": {"shard_student": True, "gradient_checkpointing": True},
     },
     "map": {"advantage": "gae", "local_weight": 0.5, **PLAIN_EXPLORATION},
 }

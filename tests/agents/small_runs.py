@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, DDPMPipeline
 from stable_baselines3.common.callbacks import BaseCallback
 from tiny_models import pixel_unet
 
-from agents import distill, distillation
+from agents import distill, distillation, run_folder
 from agents.distillation import Distillation
 from redif_env import load_teacher
 
@@ -77,7 +77,7 @@ def run(teacher: Path, out: Path | None, **changes: Any) -> Distillation:
     given = load_teacher(teacher, num_steps=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distillation, "NUM_VALIDATION", 16)
-        patch.setattr(distillation, "save_samples", lambda *_: None)
+        patch.setattr(run_folder, "save_samples", lambda *_: None)
         return distill(given, **{**OPTIONS, "out": out, **changes})
 
 

@@ -319,7 +319,7 @@ def test_min_std_is_the_floor_of_the_gap_rule(make_model):
 
 
 def test_the_gap_is_measured_on_a_few_tasks_at_most(make_env, make_model, monkeypatch):
-    monkeypatch.setattr("agents.ppo.GAP_TASKS", 3)
+    monkeypatch.setattr("agents.exploration.GAP_TASKS", 3)
     model, notes = make_model(make_env(16), gap_fraction=1.0), GapNotes()
     evaluations = model.policy.denoiser.network_evaluations
     model.learn(16 * STEPS, callback=notes)

@@ -259,6 +259,7 @@ ONE, TWO = (800.0,), (800.0, 300.0)
 PAIRS = {"group_size": 2, "antithetic": True, "stochastic_steps": "one"}
 FOURS = {"group_size": 4, "antithetic": False, "stochastic_steps": "one"}
 GLOBAL = {"credit": "global"}
+ONE_SIZE = {"policy": {"exploration_noise": "rademacher"}}
 
 
 class Estimates:
@@ -328,6 +329,9 @@ EXPECTATIONS = [
     # One of two steps explores.
     pytest.param(TWO, {**PAIRS, **GLOBAL}, 1 / 2, id="two steps-pairs"),
     pytest.param(TWO, {**FOURS, **GLOBAL}, 3 / 8, id="two steps-fours"),
+    # A quadratic reward sees no more of the noise than its covariance.
+    pytest.param(ONE, {**PAIRS, **GLOBAL, **ONE_SIZE}, 1.0, id="pairs-one size"),
+    pytest.param(TWO, {**FOURS, **GLOBAL, **ONE_SIZE}, 3 / 8, id="two steps-fours-one size"),
 ]
 
 
@@ -360,6 +364,16 @@ def test_local_credit_is_another_direction_where_a_later_step_mixes_elements():
     estimates = Estimates(TWO, **PAIRS)
     measured, _ = estimates.factor()
     assert estimates.deviation(measured) > 20
+
+
+def test_opposite_noise_of_one_size_gives_the_last_steps_gradient_without_error():
+    """Of a paired error, by local credit: rounding is left. Gaussian noise has a spread."""
+    estimates = Estimates(ONE, **PAIRS, **ONE_SIZE)
+    difference = estimates.of_policy - DIM * estimates.of_sampler
+    assert float(difference.abs().max() / (DIM * estimates.of_sampler).abs().max()) < 1e-3
+    gaussian = Estimates(ONE, **PAIRS)
+    difference = gaussian.of_policy - DIM * gaussian.of_sampler
+    assert float(difference.abs().max() / (DIM * gaussian.of_sampler).abs().max()) > 0.02
 
 
 def test_the_error_falls_with_the_root_of_the_trajectories():

@@ -35,7 +35,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.logger import configure
 from torch import Tensor
 
-from agents import ReDiFPPO, TorchVecEnv, distillation
+from agents import ReDiFPPO, TorchVecEnv, distillation, reinforcement
 from redif_env.noise import expand
 from redif_env.rewards import MSE, Reward
 from redif_env.rewards.base import MapReward
@@ -395,7 +395,7 @@ def test_the_bundled_teacher_is_distilled(monkeypatch):
     monkeypatch.setattr(distillation, "NUM_VALIDATION", 256)
 
     def errors(kind: type[ReDiFPPO]) -> tuple[float, float, float]:
-        monkeypatch.setattr(distillation, "ReDiFPPO", kind)
+        monkeypatch.setattr(reinforcement, "ReDiFPPO", kind)
         options = {"iterations": 40, "num_envs": 256, "bank_size": 1024, "num_held_out": 256}
         report = distillation.distill("digits", 2, **options, eval_every=40, seed=0).report
         names = ("student", "ddim", "ddim_searched")

@@ -389,8 +389,8 @@ def test_one_process_is_left_alone():
 
 
 def test_adapters_are_not_held_in_parts():
-    with pytest.raises(InvalidArgumentError, match="shard=True: pass False with adapters"):
-        make_agent(policy_kwargs={"shard": True, "lora_rank": 2})
+    with pytest.raises(InvalidArgumentError, match="shard_student=True: pass False with adapters"):
+        make_agent(policy_kwargs={"shard_student": True, "lora_rank": 2})
 
 
 def test_processes_need_accelerate(monkeypatch):

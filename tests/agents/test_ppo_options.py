@@ -66,6 +66,12 @@ def case(argument, *, env=None, **options):
         case("gap_fraction", gap_fraction=-0.5),
         case("ent_coef", ent_coef=0.01),
         case("learn_std", env={"group_size": 2}, policy_kwargs={"learn_std": True}),
+        case(
+            "exploration_noise",
+            env={"group_size": 4},
+            policy_kwargs={"learn_std": True, "exploration_noise": "rademacher"},
+        ),
+        case("exploration_noise", policy_kwargs={"exploration_noise": "pink"}),
         case("antithetic", advantage="gae", credit="global", antithetic=True),
         case("n_steps", n_steps=4),
         case("n_steps", n_steps=-3),

@@ -352,7 +352,7 @@ def test_checkpoints_can_be_left_out(teacher_folder, tmp_path, monkeypatch):
 def test_another_method_starts_anew_after_its_warm_up(teacher_folder, tmp_path, monkeypatch):
     options = {"method": "output_regression", "warm_up": 2, "iterations": 2, "n_epochs": None}
     expected = small_runs.run(teacher_folder, tmp_path / "straight", **options)
-    monkeypatch.setattr("agents.distillation._Rounds.train", lambda *_, **__: die())
+    monkeypatch.setattr("agents.distillation._train_other", lambda *_, **__: die())
     with pytest.raises(Killed):
         small_runs.run(teacher_folder, tmp_path / "run", **options)
     monkeypatch.undo()

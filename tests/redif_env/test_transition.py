@@ -342,3 +342,16 @@ def test_log_ratio_differentiates_by_the_std_like_the_log_prob(generator):
     (gradient,) = torch.autograd.grad(ratio.sum(), log_std)
     wanted = (((x_s - mean) / old.std).square() - 1).sum((1, 2), keepdim=True)
     torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_noise_of_one_size_has_the_gaussians_mean_and_covariance(generator):
+    like = torch.zeros(20_000, 6)
+    noise = transition.unit_noise(like, "rademacher", generator)
+    assert torch.equal(noise.abs(), torch.ones_like(noise))
+    # five standard errors of 20,000 draws
+    bound = 5 / len(noise) ** 0.5
+    assert noise.mean(0).abs().max() < bound
+    assert (noise.T.cov() - torch.eye(6)).abs().max() < bound
+    assert transition.unit_noise(like, "gaussian", generator).abs().max() > 3
+    step = transition.sample(Gaussian(like + 2, torch.full((20_000, 1), 0.5)), noise="rademacher")
+    assert set(step.unique().tolist()) == {1.5, 2.5}
