@@ -17,7 +17,7 @@ from torch import Tensor
 
 from redif_env import parallel, schedules
 from redif_env.denoiser import Denoiser
-from redif_env.errors import InvalidArgumentError, check_choice
+from redif_env.errors import check_choice
 from redif_env.loading import load_teacher
 from redif_env.rewards import Reward, make_reward
 from redif_env.teacher import Teacher, TeacherBank
@@ -110,6 +110,7 @@ def distill(
     micro_batch_size: int | None = None,
     gradient_checkpointing: bool | None = None,
     precision: str | None = None,
+    shard_student: bool | None = None,
     bank_size: int = 6144,
     num_held_out: int = 1000,
     eval_every: int = 10,
@@ -125,7 +126,7 @@ def distill(
 
     In a script that `torchrun` or `accelerate launch` starts several times, the processes train one
     student together, see docs/scaling.md: each must call this with the same arguments. All return;
-    the first one writes, logs and shows progress.
+    the first one writes, logs and shows progress. A run can be resumed with another number of them.
 
     Args:
         teacher: Bundled name, diffusers folder, or `Teacher`.
@@ -164,6 +165,8 @@ def distill(
             `StudentPolicy`.
         precision: `"bfloat16"` to let the student's network compute in it while it is trained, see
             `StudentPolicy`; default `"float32"`. What is deployed and judged is float32.
+        shard_student: Whether several processes share out the student, see `StudentPolicy`, for one
+            that does not fit; not with adapters. The result is whole in each.
         bank_size: Training tasks whose answers the teacher is asked for.
         num_held_out: Test tasks that the report is measured on.
         eval_every: Iterations between two evaluations on validation tasks.
@@ -193,8 +196,6 @@ def distill(
     recipe = presets.preset(preset)
     reward = make_reward(reward)
     teacher = _as_teacher(teacher, _join_processes(teacher, device, plan))
-    if not parallel.is_main():
-        plan = dataclasses.replace(plan, folder=None, progress=False)
     description = None if student is None else smaller.describe_smaller(teacher, student)
     noise = teacher.denoiser.schedule
     uniform = schedules.uniform(noise, plan.num_steps)
@@ -203,8 +204,8 @@ def distill(
     given = None if searches else schedules.make_grid(schedule, noise, plan.num_steps)
     options = make_options(recipe, arguments, reward, description)
     config = make_config(arguments, plan, options, teacher, reward)
-    if plan.folder is not None and resume:
-        resuming.check_same(plan.folder, config)
+    if plan.written is not None and resume:
+        resuming.check_same(plan.written, config)
     # Everything is made once on the uniform grid, so that bad options meet their errors before the
     # teacher is asked and the grid is searched.
     options.make_model(teacher, num_envs, uniform, learned)
@@ -214,7 +215,7 @@ def distill(
     grid = searched if given is None else given
     model = options.make_model(teacher, num_envs, grid, learned, banks.train)
     config["timesteps"] = grid.tolist()
-    with resuming.claimed(plan.folder, config, resume):
+    with resuming.claimed(plan.written, config, resume):
         started["training_seconds"] = time.monotonic()
         start, spent = _warm_up(plan, teacher, banks, grid, description)
         if method == PPO:
@@ -232,9 +233,9 @@ def distill(
         ledger = reporting.ledger(teacher, banks, search_evaluations if given is None else 0, spent)
         held_out = reporting.held_out(teacher, banks, samples)
         report = _report(plan, teacher, trained, ledger, held_out, started)
-        if plan.folder is not None:
-            run_folder.write_student(plan.folder, trained.student, trained.timesteps, teacher)
-            run_folder.write_results(plan.folder, report, teacher, banks.test, samples)
+        if plan.written is not None:
+            run_folder.write_student(plan.written, trained.student, trained.timesteps, teacher)
+            run_folder.write_results(plan.written, report, teacher, banks.test, samples)
     return Distillation(trained.student, trained.timesteps, report, trained.model)
 
 
@@ -248,8 +249,9 @@ def _join_processes(teacher: str | Path | Teacher, device: str | None, plan: Pla
     default = teacher.device if isinstance(teacher, Teacher) else "cpu"
     device = str(parallel.start(device or default))
     check_choice("method", plan.method, (PPO,))  # the others train on one process
-    if plan.resume:  # a checkpoint has the environments of one process alone
-        raise InvalidArgumentError("resume", True, "go on with a run in a single process.")
+    out = "missing" if plan.folder is None else "given"
+    saving = f"{plan.resume} (checkpoint_every={plan.checkpoint_every}, out {out})"
+    parallel.check_same("resume", saving)
     return device
 
 
@@ -263,7 +265,7 @@ def _build_banks(teacher: Teacher, plan: Plan) -> Banks:
     """Their seeds are fixed: the searched grid and the reports must not depend on the run's."""
 
     def build(size: int, split: str, seed: int = 0) -> TeacherBank:
-        return TeacherBank.build(teacher, size, split=split, seed=seed, progress=plan.progress)
+        return TeacherBank.build(teacher, size, split=split, seed=seed, progress=plan.shows)
 
     return Banks(
         train=build(plan.bank_size, "train"),
@@ -307,7 +309,7 @@ def _warm_up(
         start,
         plan.folder,
     )
-    return warm, Counter(warm_up=evaluations * parallel.world_size())  # each process does all of it
+    return warm, Counter(warm_up=evaluations)
 
 
 def _train_ppo(
@@ -322,16 +324,16 @@ def _train_ppo(
     """Train the agent, from its last checkpoint if it is resumed."""
     policy: Any = model.policy
     policy.load_student(start.network.state_dict())
-    folder = plan.folder
-    model.set_logger(configure(str(folder) if folder else None, ["tensorboard"] if folder else []))
+    logs = plan.written
+    model.set_logger(configure(str(logs) if logs else None, ["tensorboard"] if logs else []))
     held_out = HeldOutEvaluation(banks.validation, plan.eval_every)
     code = {**versions(), "source": resuming.source_digest(), "bank": banks.train.digest()}
     about = {"config": config, "code": code}
     with resuming.saving(
-        model, held_out, folder, plan.checkpoint_every, plan.resume, started, about
+        model, held_out, plan.folder, plan.checkpoint_every, plan.resume, started, about
     ) as (callbacks, resumed):
         callbacks += [held_out]
-        callbacks += [ProgressBar(plan.iterations, model.rollouts)] if plan.progress else []
+        callbacks += [ProgressBar(plan.iterations, model.rollouts)] if plan.shows else []
         callbacks += [plan.callback] if plan.callback else []
         remaining = plan.iterations * plan.num_envs * plan.num_steps - model.num_timesteps
         model.learn(remaining, callback=callbacks, reset_num_timesteps=not resumed)

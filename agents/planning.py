@@ -12,6 +12,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import LinearSchedule
 from torch import Tensor
 
+from redif_env import parallel
 from redif_env.errors import InvalidArgumentError, check_choice, check_integer, check_number
 from redif_env.rewards import Reward
 from redif_env.teacher import Teacher, TeacherBank
@@ -38,7 +39,13 @@ AGENT_OPTIONS = (
     "ema_decay",
     "micro_batch_size",
 )
-POLICY_OPTIONS = ("lora_rank", "lora_targets", "gradient_checkpointing", "precision")
+POLICY_OPTIONS = (
+    "lora_rank",
+    "lora_targets",
+    "gradient_checkpointing",
+    "precision",
+    "shard_student",
+)
 # The options of other methods than PPO.
 SHARED_OPTIONS = ("guidance_scale", "batch_size", "learning_rate", "ema_decay")
 
@@ -47,7 +54,7 @@ SHARED_OPTIONS = ("guidance_scale", "batch_size", "learning_rate", "ema_decay")
 class Plan:
     """Arguments of `distill` of the same names that make sense by themselves.
 
-    `folder` is `out`: None for what writes nothing, such as a process that is not the first.
+    `folder` is `out`, None for what writes nothing; of several processes the first one writes.
     """
 
     method: str
@@ -64,6 +71,16 @@ class Plan:
     resume: bool
     progress: bool
     callback: BaseCallback | None
+
+    @property
+    def written(self) -> Path | None:
+        """The folder that this process writes, or None."""
+        return self.folder if parallel.is_main() else None
+
+    @property
+    def shows(self) -> bool:
+        """Whether this process shows progress."""
+        return self.progress and parallel.is_main()
 
 
 @dataclasses.dataclass(frozen=True)

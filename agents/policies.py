@@ -15,6 +15,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor, nn
 
+from redif_env import parallel
 from redif_env.denoiser import Denoiser
 from redif_env.errors import InvalidArgumentError, check_choice, check_number
 from redif_env.loading import build_from_description, can_describe, describe, load_denoiser
@@ -22,6 +23,7 @@ from redif_env.schedules import explicit
 from redif_env.teacher import Teacher
 from redif_env.transition import EXPLORATION_MEANS, GAUSSIAN, NOISES, RADEMACHER, Gaussian
 
+from . import sharding
 from .averaging import update_average
 from .choices import Choice, ScheduleHead, make_head
 from .critics import Critic, MapCritic
@@ -96,6 +98,9 @@ class StudentPolicy(ActorCriticPolicy):
         precision: `"float32"`, or `"bfloat16"` to let the network compute in it where torch's
             autocast finds that safe, in rollouts and updates alike. Weights, gradients, moments,
             log-ratios and losses stay float32, and so does the average that is deployed.
+        shard_student: Whether several processes share out the student's weights, those of its
+            average and the reference, and the optimiser's moments, each holding a part, see
+            `sharding`. Not with adapters. Changes nothing in a single process.
         critic: Whether to build a value network.
         critic_map: Whether it predicts a map of values, for local credit.
         critic_width: Hidden units of the value network; a sixteenth as many channels in a map's.
@@ -115,6 +120,8 @@ class StudentPolicy(ActorCriticPolicy):
         step_scale: The learned factors of the std, or None.
         schedule_head: Chooses the times of a free schedule, or None.
         reference_denoiser: The student that training started from, or None.
+        sharded: Whether this process holds parts of the weights alone. All processes must then call
+            together: what asks the student, `state_dict`, and `averaged`.
     """
 
     def __init__(
@@ -136,6 +143,7 @@ class StudentPolicy(ActorCriticPolicy):
         lora_targets: Sequence[str] | None = None,
         gradient_checkpointing: bool = False,
         precision: str = "float32",
+        shard_student: bool = False,
         critic: bool = False,
         critic_map: bool = False,
         critic_width: int = 256,
@@ -171,6 +179,7 @@ class StudentPolicy(ActorCriticPolicy):
             "lora_targets": lora_targets,
             "gradient_checkpointing": gradient_checkpointing,
             "precision": check_choice("precision", precision, tuple(PRECISIONS)),
+            "shard_student": shard_student,
             "critic": critic,
             "critic_map": critic_map,
             "critic_width": critic_width,
@@ -193,6 +202,10 @@ class StudentPolicy(ActorCriticPolicy):
 
     def _build(self, lr_schedule: Schedule) -> None:
         settings = self.settings
+        if settings["shard_student"] and settings["lora_rank"] is not None:
+            raise InvalidArgumentError(
+                "shard_student", True, "pass False with adapters, whose networks share weights."
+            )
         base = make_student(settings["student"]).eval()
         base.network_evaluations = 0  # a copy of the teacher brings its count along
         self.denoiser = make_trainable(base, settings["lora_rank"], settings["lora_targets"])
@@ -204,6 +217,10 @@ class StudentPolicy(ActorCriticPolicy):
         )
         for denoiser in self._acting():  # but not the average, which is deployed
             denoiser.autocast = PRECISIONS[settings["precision"]]
+        self.sharded = settings["shard_student"] and parallel.world_size() > 1
+        if self.sharded:
+            for denoiser in self._denoisers():
+                sharding.shard(denoiser.network)
         free = settings["schedule_head"] is not None
         _check_spaces(self.observation_space, self.action_space, self.denoiser, free)
         grid = explicit(settings["timesteps"], self.denoiser.schedule)
@@ -243,6 +260,8 @@ class StudentPolicy(ActorCriticPolicy):
             if network:
                 groups.append(_group("schedule_network", network, settings["critic_lr_scale"]))
         self.optimizer = self.optimizer_class(groups, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+        if self.sharded:
+            sharding.save_whole(self.optimizer)
 
     @property
     def num_steps(self) -> int:
@@ -380,15 +399,34 @@ class StudentPolicy(ActorCriticPolicy):
 
     def load_student(self, state: Mapping[str, Tensor]) -> None:
         """Start from these weights of the network, the average and the reference too."""
-        for denoiser in (self.denoiser, self.ema_denoiser, self.reference_denoiser):
-            if denoiser is not None:
-                load_base(denoiser.network, state)
+        for denoiser in self._denoisers():
+            load_base(denoiser.network, sharding.parts_of(state, denoiser.network))
+
+    def averaged(self) -> Denoiser:
+        """The averaged student; of one whose weights are shared out, a whole copy."""
+        if not self.sharded:
+            return self.ema_denoiser
+        with torch.random.fork_rng(devices=[]):  # random weights must not shift training's noise
+            copied = make_student(self.settings["student"]).eval().requires_grad_(False)
+        nn.Module.to(copied.network, torch.float32)
+        copied.network.load_state_dict(sharding.whole(self.ema_denoiser.network.state_dict()))
+        copied.batch_size = self.ema_denoiser.batch_size
+        return copied.to(self.device)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """As of any module, with whole weights where processes share them out."""
+        state = super().state_dict(*args, **kwargs)
+        return sharding.whole(state) if self.sharded else state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As of any module, from whole weights where processes share them out."""
+        parts = sharding.parts_of(state_dict, self) if self.sharded else state_dict
+        return super().load_state_dict(parts, *args, **kwargs)
 
     def set_batch_size(self, batch_size: int | None) -> None:
         """Send at most so many rows through a network at once, see `Denoiser`; None: all."""
-        for denoiser in (self.denoiser, self.ema_denoiser, self.reference_denoiser):
-            if denoiser is not None:
-                denoiser.batch_size = batch_size
+        for denoiser in self._denoisers():
+            denoiser.batch_size = batch_size
 
     @property
     def network_evaluations(self) -> tuple[int, ...]:
@@ -399,6 +437,9 @@ class StudentPolicy(ActorCriticPolicy):
     def network_evaluations(self, counts: tuple[int, ...]) -> None:
         for denoiser, count in zip(self._acting(), counts, strict=True):
             denoiser.network_evaluations = count
+
+    def _denoisers(self) -> list[Denoiser]:
+        return [self.denoiser, self.ema_denoiser, *self._acting()[1:]]
 
     def _acting(self) -> list[Denoiser]:
         """The denoisers that rollouts and updates ask."""

@@ -25,7 +25,15 @@ from redif_env.errors import InvalidArgumentError
 from redif_env.rewards import online_terms
 from redif_env.vector_env import ReDiFVectorEnv
 
-from . import compatibility, diagnostics, exploration, minibatch, schedule_learning, wiring
+from . import (
+    compatibility,
+    diagnostics,
+    exploration,
+    minibatch,
+    schedule_learning,
+    sharding,
+    wiring,
+)
 from .advantages import batch_relative
 from .buffers import TorchRolloutBuffer
 from .choices import ScheduleHead
@@ -572,7 +580,7 @@ class ReDiFPPO(PPO):
 
     def student(self) -> Any:
         """The averaged student: a `Denoiser`, in evaluation mode, its adapters merged if any."""
-        return merge(self.policy.ema_denoiser)  # type: ignore[arg-type]
+        return merge(self.policy.averaged())  # type: ignore[operator]
 
     def _train_epoch(
         self, clip_range: float, clip_range_vf: float | None, history: list[dict[str, Tensor]]
@@ -606,7 +614,7 @@ class ReDiFPPO(PPO):
             num_rows: The rows.
         """
         policy = self.policy
-        if not isinstance(policy, StudentPolicy):
+        if not isinstance(policy, StudentPolicy) or policy.sharded:  # others would wait for more
             return work()
         while True:
             counts = policy.network_evaluations
@@ -649,6 +657,7 @@ class ReDiFPPO(PPO):
         """Average gradients and statistics of a minibatch over processes: once an update."""
         groups = self.policy.optimizer.param_groups
         weights = (weight for group in groups for weight in group["params"])
+        weights = (weight for weight in weights if not sharding.is_part(weight))  # averaged before
         statistics = parallel.average_gradients(weights, statistics)
         return {**statistics, "ratio_error": statistics["ratio_error"].sqrt()}
 
@@ -720,8 +729,8 @@ class ReDiFPPO(PPO):
     def _clip_gradients(self) -> dict[str, Tensor]:
         """Clip each parameter group by itself; returns the norms before clipping, by name."""
         return {
-            group.get("norm_name", "grad_norm"): torch.nn.utils.clip_grad_norm_(
-                group["params"], self.max_grad_norm
+            group.get("norm_name", "grad_norm"): sharding.put_together(
+                torch.nn.utils.clip_grad_norm_(group["params"], self.max_grad_norm)
             )
             for group in self.policy.optimizer.param_groups
             if any(parameter.grad is not None for parameter in group["params"])
@@ -822,7 +831,7 @@ class ReDiFPPO(PPO):
         if "per_step" in history[0]:
             for name, value in diagnostics.step_means(history).items():
                 self.logger.record(f"train/{name}", value)
-        drift = diagnostics.drift(self._actor_parameters(), self._start)
+        drift = sharding.put_together(diagnostics.drift(self._actor_parameters(), self._start))
         self.logger.record("train/parameter_drift", float(drift))
         self.logger.record("train/updates_skipped", self.updates_skipped)
         self.logger.record("train/clip_range", clip_range)
@@ -874,6 +883,7 @@ class ReDiFPPO(PPO):
         Of several processes, which all have the same, the first one writes.
         """
         if not parallel.is_main():
+            self.get_parameters()  # whole weights need all processes
             return
         if self._gap is not None:
             self.gap = float(self._gap)

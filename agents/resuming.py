@@ -22,14 +22,16 @@ import torch
 from filelock import FileLock, Timeout
 from stable_baselines3.common.callbacks import BaseCallback
 
-from redif_env import mdp
+from redif_env import mdp, parallel
 from redif_env.denoiser import Denoiser
 from redif_env.errors import InvalidArgumentError
 from redif_env.files import replacing, write_json
 
+from . import sharding
 from .baselines import Result
 from .callbacks import HeldOutEvaluation
 from .checkpoints import Checkpoints, DamagedCheckpointError, read, write
+from .gathering import broadcast_state, divided_again, gather_states
 from .ppo import ReDiFPPO
 
 CONFIG, LOCK = "config.json", ".lock"
@@ -50,6 +52,8 @@ COUNTERS = (
     "divergence_coef",
     "gap",
 )
+# Of an agent's state, what each of several processes has for itself.
+OWN = ("env", "episode_starts", "network_evaluations")
 EXIT_CODE = 128  # plus the number of the signal, as in shells: 143 for SIGTERM, 130 for SIGINT
 
 
@@ -80,7 +84,7 @@ def agent_state(model: ReDiFPPO) -> dict[str, Any]:
         "counters": {name: getattr(model, name) for name in COUNTERS},
         "gap": model._gap,
         "adaptive": [adaptive.state for adaptive in _adaptive(model)],
-        "start": list(model._start),
+        "start": sharding.whole(list(model._start)),
         "training": model.training_state.state_dict(),
         "task_means": [means.state_dict() for means in buffer.task_means],
         "env": env.env.unwrapped.state_dict(),
@@ -108,7 +112,10 @@ def load_agent_state(model: ReDiFPPO, state: Mapping[str, Any]) -> None:
     model._gap = None if state["gap"] is None else state["gap"].to(model.device)
     for adaptive, saved in zip(_adaptive(model), state["adaptive"], strict=True):
         adaptive.state = saved
-    model._start = [tensor.to(model.device) for tensor in state["start"]]
+    model._start = [
+        sharding.part_of(tensor.to(model.device), like)
+        for tensor, like in zip(state["start"], model._actor_parameters(), strict=False)
+    ]
     model.training_state.load_state_dict(state["training"])
     for means, saved in zip(buffer.task_means, state["task_means"], strict=True):
         means.load_state_dict(saved, model.device)
@@ -158,6 +165,37 @@ def load_random_state(state: Mapping[str, Any]) -> None:
     random.setstate(state["python"])
 
 
+def seed_again(model: ReDiFPPO) -> None:
+    """Give every generator a state that depends on seed, transitions made, and process alone."""
+    seed = parallel.own_seed(model.seed or 0, model.num_timesteps)
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+class GoOnWithRandomNumbers(BaseCallback):
+    """Puts the global generators where they were: `learn` of several processes seeds them.
+
+    Args:
+        state: Of `random_state`; None for generators that others than these processes had, in
+            whose place these get new ones.
+    """
+
+    def __init__(self, state: Mapping[str, Any] | None) -> None:
+        super().__init__()
+        self.state = state
+
+    def _on_training_start(self) -> None:
+        model: Any = self.model
+        if self.state is None:
+            seed_again(model)
+        else:
+            load_random_state(self.state)
+
+    def _on_step(self) -> bool:
+        return True
+
+
 # ---- when to save
 
 
@@ -191,11 +229,14 @@ def postponed_signals() -> Iterator[list[int]]:
 class SaveCheckpoints(BaseCallback):
     """Save a run between two iterations. It must come before the callbacks whose state it saves.
 
+    Of several processes the first one writes what all have.
+
     Args:
         checkpoints: Where.
         every: Iterations between two.
         held_out: The run's evaluations: their history is saved, and says which checkpoint is best.
-        signals: Where signals are noted: the iteration in progress is finished and saved.
+        signals: Where signals to this process are noted: the iteration in progress is finished and
+            saved, by all processes.
         about: What is saved beside the training itself, when it is.
 
     Raises:
@@ -219,7 +260,8 @@ class SaveCheckpoints(BaseCallback):
 
     def _on_rollout_start(self) -> None:
         done = self._agent.rollouts
-        if self.signals or (done and done % self.every == 0):
+        signalled = self._signalled()  # asked by all processes, whether or not it is time
+        if signalled or (done and done % self.every == 0):
             self._save()
 
     def _on_training_end(self) -> None:
@@ -233,26 +275,37 @@ class SaveCheckpoints(BaseCallback):
         model: Any = self.model
         return model
 
+    def _signalled(self) -> int:
+        """Number of a signal that any process has got, or 0."""
+        return parallel.largest(self.signals[0] if self.signals else 0)
+
     def _save(self) -> None:
         """Save and, after a signal, leave; a full disk ends no training."""
+        agent = agent_state(self._agent)
+        own = {**{name: agent[name] for name in OWN}, "random": random_state()}
+        everyone = gather_states(own) if parallel.world_size() > 1 else [own]
+        saved = ""
+        if parallel.is_main():
+            saved = self._write({"agent": agent, "random": own["random"], "others": everyone[1:]})
+        number = self._signalled()
+        if number:
+            if parallel.is_main():
+                text = f"{signal.Signals(number).name}: {saved}; go on with resume=True."
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
+            raise Interrupted(EXIT_CODE + number)
+
+    def _write(self, training: Mapping[str, Any]) -> str:
+        """Write a checkpoint; says whether that was possible."""
         done = self._agent.rollouts
-        state = {
-            **self.about(),
-            "agent": agent_state(self._agent),
-            "history": self.held_out.history,
-            "random": random_state(),
-        }
+        state = {**self.about(), **training, "history": self.held_out.history}
         try:
             self.checkpoints.write(done, state)
             self.checkpoints.prune(errors(self.held_out.history))
-            saved = f"saved after iteration {done}"
         except OSError as error:
             saved = f"NOT saved after iteration {done}, earlier checkpoints are as they were"
             warnings.warn(f"{saved}: {error}", RuntimeWarning, stacklevel=2)
-        if self.signals:
-            name = signal.Signals(self.signals[0]).name
-            warnings.warn(f"{name}: {saved}; go on with resume=True.", RuntimeWarning, stacklevel=2)
-            raise Interrupted(EXIT_CODE + self.signals[0])
+            return saved
+        return f"saved after iteration {done}"
 
 
 def errors(history: list[dict[str, float]]) -> dict[int, float]:
@@ -262,11 +315,29 @@ def errors(history: list[dict[str, float]]) -> dict[int, float]:
 
 def load_training(
     model: ReDiFPPO, held_out: HeldOutEvaluation, iteration: int, state: Mapping[str, Any]
-) -> None:
-    """Put agent, evaluations and random numbers where `SaveCheckpoints` saved them."""
-    load_agent_state(model, state["agent"])
+) -> GoOnWithRandomNumbers:
+    """Put agent and evaluations where `SaveCheckpoints` saved them.
+
+    Returns:
+        What does so with random numbers, in `learn`.
+    """
+    own = {**{name: state["agent"][name] for name in OWN}, "random": state["random"]}
+    everyone = [own, *state.get("others", [])]
+    processes = parallel.world_size()
+    if len(everyone) == processes:
+        own = everyone[parallel.rank()]
+    else:
+        own = {**divided_again([{n: each[n] for n in OWN} for each in everyone]), "random": None}
+        own["network_evaluations"] = [
+            sum(counts) // processes
+            for counts in zip(*(each["network_evaluations"] for each in everyone), strict=True)
+        ]
+    agent = {**state["agent"], **{name: own[name] for name in OWN}}
+    counters = agent["counters"]
+    rows = counters["rows_trained"] * len(everyone) // processes  # all processes train as many
+    load_agent_state(model, {**agent, "counters": {**counters, "rows_trained": rows}})
     held_out.history, held_out.iteration = list(state["history"]), iteration
-    load_random_state(state["random"])
+    return GoOnWithRandomNumbers(own["random"])
 
 
 @contextlib.contextmanager
@@ -281,10 +352,12 @@ def saving(
 ) -> Iterator[tuple[list[BaseCallback], bool]]:
     """Train inside, with these callbacks first; a resumed run has been put where it was.
 
+    The first process decides where to go on from, reads and writes: only there must be the folder.
+
     Args:
         model: The agent, ready to train from the start.
         held_out: Its evaluations.
-        folder: Of the run; None saves nothing.
+        folder: Of the run; None, in all processes, saves nothing.
         every: Iterations between two checkpoints; None writes none.
         resume: Whether to go on from the last checkpoint, if there is one.
         started: Readings of `time.monotonic` by name, from which time is counted; moved back by the
@@ -298,15 +371,18 @@ def saving(
         yield [], False
         return
     checkpoints = Checkpoints(folder / CHECKPOINTS)
-    found = checkpoints.newest() if resume else None
+    callbacks: list[BaseCallback] = []
+    found = _newest(checkpoints) if resume else None
     if found is not None:
         iteration, state = found
-        warn_of_changes(state["code"], about["code"])
-        load_training(model, held_out, iteration, state)
+        if parallel.is_main():
+            warn_of_changes(state["code"], about["code"])
+            warn_of_other_processes(1 + len(state.get("others", [])))
+        callbacks = [load_training(model, held_out, iteration, state)]
         for name, seconds in state["seconds"].items():
             started[name] -= seconds
     if every is None:
-        yield [], found is not None
+        yield callbacks, found is not None
         return
 
     def with_time() -> dict[str, Any]:
@@ -314,12 +390,16 @@ def saving(
         return {**about, "seconds": seconds}
 
     with postponed_signals() as signals:
-        yield (
-            [SaveCheckpoints(checkpoints, every, held_out, signals, with_time)],
-            found is not None,
-        )
-    with contextlib.suppress(OSError):  # a full disk has been warned of
-        checkpoints.prune(errors(held_out.history))
+        callbacks += [SaveCheckpoints(checkpoints, every, held_out, signals, with_time)]
+        yield callbacks, found is not None
+    if parallel.is_main():
+        with contextlib.suppress(OSError):  # a full disk has been warned of
+            checkpoints.prune(errors(held_out.history))
+
+
+def _newest(checkpoints: Checkpoints) -> tuple[int, dict[str, Any]] | None:
+    """The last whole checkpoint that the first process has, in all processes."""
+    return broadcast_state(checkpoints.newest() if parallel.is_main() else None)
 
 
 def warm_up(
@@ -327,7 +407,8 @@ def warm_up(
 ) -> tuple[Denoiser, int]:
     """The student after its warm-up, and what that cost; from the run's folder, if it is there.
 
-    A warm-up that was cut short starts anew, as it repeats itself.
+    Each of several processes does all of it, and gets the first one's student. One that was cut
+    short starts anew, as it repeats itself.
 
     Args:
         train: Warms up.
@@ -335,29 +416,37 @@ def warm_up(
         folder: Of the run, or None.
     """
     path = None if folder is None else folder / CHECKPOINTS / WARM_UP
-    if path is not None and path.is_dir():
-        try:
-            state = read(path)
-        except DamagedCheckpointError as error:
-            warnings.warn(f"{error} The warm-up starts anew.", RuntimeWarning, stacklevel=2)
-        else:
-            student = copy.deepcopy(start).eval().requires_grad_(False)
-            student.network.load_state_dict(state["student"])
-            load_random_state(state["random"])
-            return student, state["network_evaluations"]
+    state = broadcast_state(_read_warm_up(path) if parallel.is_main() else None)
+    if state is not None:
+        student = copy.deepcopy(start).eval().requires_grad_(False)
+        student.network.load_state_dict(state["student"])
+        load_random_state(state["random"])
+        return student, state["network_evaluations"]
     result = train()
-    if path is not None:
-        state = {
-            "student": result.student.network.state_dict(),
-            "network_evaluations": result.ledger.total,
-            "random": random_state(),
-        }
+    state = {
+        "student": result.student.network.state_dict(),
+        "network_evaluations": parallel.world_size() * result.ledger.total,
+        "random": random_state(),
+    }
+    parallel.broadcast(state["student"].values())
+    if path is not None and parallel.is_main():
         try:
             path.parent.mkdir(exist_ok=True)
             write(path, state)
         except OSError as error:
             warnings.warn(f"the warm-up is NOT saved: {error}", RuntimeWarning, stacklevel=2)
-    return result.student, result.ledger.total
+    return result.student, state["network_evaluations"]
+
+
+def _read_warm_up(path: Path | None) -> dict[str, Any] | None:
+    """What was saved of a warm-up, if that is whole."""
+    if path is None or not path.is_dir():
+        return None
+    try:
+        return read(path)
+    except DamagedCheckpointError as error:
+        warnings.warn(f"{error} The warm-up starts anew.", RuntimeWarning, stacklevel=2)
+        return None
 
 
 # ---- the folder of a run
@@ -379,6 +468,19 @@ def warn_of_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         warnings.warn(
             f"changed since the checkpoint was written: {', '.join(changed)}. Training goes on, "
             "but not bit by bit as it would have.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def warn_of_other_processes(before: int) -> None:
+    """Tell that a checkpoint is of another number of processes, if it is."""
+    now = parallel.world_size()
+    if before != now:
+        warnings.warn(
+            f"the checkpoint is of {before} process{'es' * (before > 1)}, and now there "
+            f"{'are' if now > 1 else 'is'} {now}: training goes on from it, with other exploration "
+            "noise than it would have had.",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -11,6 +11,7 @@ from typing import Any
 from safetensors.torch import save_model
 from torch import Tensor
 
+from redif_env import parallel
 from redif_env.denoiser import Denoiser
 from redif_env.errors import InvalidArgumentError
 from redif_env.files import write_json
@@ -50,7 +51,8 @@ def check_out(out: str | Path | None, resume: bool) -> Path | None:
         if resume:
             raise InvalidArgumentError("resume", True, "pass out, the folder of the run.")
         return None
-    if resume and not Path(out).is_dir():
+    # Only the first process needs the folder: nodes need not share a disk.
+    if resume and parallel.rank_of_launcher() == 0 and not Path(out).is_dir():
         raise RunFolderError("out", str(out), "it is no folder: leave out resume.")
     if not resume and Path(out).exists():
         raise InvalidArgumentError("out", str(out), "it exists; choose another name or remove it.")

@@ -62,6 +62,8 @@ class Args:
     """Rows that are in the student's network at once, for models that fill the memory."""
     gradient_checkpointing: bool | None = None
     """Whether to compute activations again in place of keeping them."""
+    shard_student: bool | None = None
+    """Several processes share out weights, gradients, moments and average of the student."""
     bank_size: int = 6144
     """Training tasks that the teacher answers."""
     num_held_out: int = 1000

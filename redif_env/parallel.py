@@ -201,6 +201,42 @@ def average_gradients(
     return means
 
 
+def gather_bytes(data: bytes) -> list[bytes]:
+    """What each process passes, in the order of ranks, in the first one; nothing in the others."""
+    if world_size() == 1:
+        return [data]
+    device = kind_of_device()
+    sizes = gather(torch.tensor([len(data)], device=device)).tolist()
+    sent = torch.zeros(max(sizes), dtype=torch.uint8)
+    sent[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    sent = sent.to(device)
+    received = [torch.empty_like(sent) for _ in sizes] if is_main() else None
+    with _together("gather what each has"):
+        distributed.gather(sent, received)
+    parts = zip(received or [], sizes, strict=False)
+    return [part[:size].cpu().numpy().tobytes() for part, size in parts]
+
+
+def broadcast_bytes(data: bytes) -> bytes:
+    """What the first process passes."""
+    if world_size() == 1:
+        return data
+    size = torch.tensor([len(data)])
+    broadcast([size])
+    sent = torch.zeros(int(size), dtype=torch.uint8)
+    if is_main():
+        sent = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    broadcast([sent])
+    return sent.numpy().tobytes()
+
+
+def largest(number: int) -> int:
+    """The largest of all processes' numbers."""
+    if world_size() == 1:
+        return number
+    return int(gather(torch.tensor([number], device=kind_of_device())).max())
+
+
 def check_same(argument: str, value: str) -> None:
     """Refuse a value that processes disagree on.
 
@@ -209,7 +245,7 @@ def check_same(argument: str, value: str) -> None:
     """
     if world_size() == 1:
         return
-    digest = torch.tensor([own_hash(value)], device=_device())
+    digest = torch.tensor([own_hash(value)], device=kind_of_device())
     if len(gather(digest).unique()) > 1:
         raise InvalidArgumentError(
             argument, value, "processes differ in it: start all with the same arguments and files."
@@ -220,7 +256,7 @@ def all_true(value: bool) -> bool:
     """Whether it is true in every process."""
     if world_size() == 1:
         return value
-    return bool(gather(torch.tensor([value], device=_device())).all())
+    return bool(gather(torch.tensor([value], device=kind_of_device())).all())
 
 
 def own_hash(text: str) -> int:
@@ -228,7 +264,8 @@ def own_hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
-def _device() -> str:
+def kind_of_device() -> str:
+    """Where tensors must be that processes exchange, `"cpu"` or `"cuda"`."""
     return "cuda" if distributed.get_backend() == "nccl" else "cpu"
 
 

@@ -1,23 +1,36 @@
-"""What one of two processes does in `test_parallel.py`; `python parallel_worker.py FOLDER`.
+"""What one of two processes does in `test_parallel.py`: `python parallel_worker.py FOLDER`, and
+`python parallel_worker.py FOLDER parts` for students that are held in parts.
 
 Each leaves what it did in the folder, `NAME-RANK.pt`, for the test to compare. At the end the
 second one is killed in the middle of a run.
 """
 
+import contextlib
+import copy
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import small_runs
 import torch
+from small_runs import At, Killed, die
 from small_world import GRID, PLAIN_EXPLORATION, OnRolloutEnd
+from tiny_models import FAMILIES
 
 from agents import ReDiFPPO
+from agents.distillation import Distillation
+from agents.policies import enable_gradient_checkpointing
 from agents.ppo import RatioError
+from agents.resuming import Interrupted, agent_state, random_state
+from agents.sharding import is_part, shard, whole
 from redif_env import ReDiFVectorEnv, TeacherBank, load_teacher, parallel
 
 NUM_ENVS, GROUP, BANK = 16, 4, 24
+IN_PARTS = "parts"
+RUN: dict[str, Any] = {"warm_up": 2, "gap_fraction": 0.5, "batch_size": 4}
 # Agents of all kinds of advantage, and of parts of a minibatch.
 CASES: dict[str, dict[str, Any]] = {
     "group": {},
@@ -25,6 +38,11 @@ CASES: dict[str, dict[str, Any]] = {
     "batch": {"advantage": "batch", "credit": "global", "local_weight": 1.0, **PLAIN_EXPLORATION},
     "task": {"advantage": "task", "local_weight": 0.5, **PLAIN_EXPLORATION},
     "critic": {"advantage": "gae", "credit": "global", **PLAIN_EXPLORATION},
+    "sharded": {
+        "micro_batch_size": 3,
+        "divergence": "kl",
+        "policy_kwargs": {"shard_student": True, "gradient_checkpointing": True},
+    },
     "map": {"advantage": "gae", "local_weight": 0.5, **PLAIN_EXPLORATION},
 }
 
@@ -71,7 +89,23 @@ def in_double(model: ReDiFPPO) -> ReDiFPPO:
 
 def gradients(model: ReDiFPPO) -> dict[str, torch.Tensor]:
     """Of what the optimiser holds, by name."""
-    return {n: p.grad.clone() for n, p in model.policy.named_parameters() if p.grad is not None}
+    weights = model.policy.named_parameters()
+    return {n: whole(p.grad).clone() for n, p in weights if p.grad is not None}
+
+
+def elements(model: ReDiFPPO) -> dict[str, int]:
+    """How many elements of weights, averages, gradients and moments this process holds."""
+    policy = model.policy
+    trained = list(policy.denoiser.network.parameters())
+    held = {
+        "weights": trained,
+        "average": list(policy.ema_denoiser.network.parameters()),
+        "gradients": [weight.grad for weight in trained],
+        "moments": [policy.optimizer.state[weight]["exp_avg"] for weight in trained],
+        "start": model._start,
+    }
+    local = {n: [t.to_local() if is_part(t) else t for t in each] for n, each in held.items()}
+    return {name: sum(t.numel() for t in each) for name, each in local.items()}
 
 
 def keep(folder: Path, name: str, content: Any) -> None:
@@ -164,22 +198,107 @@ def wrong_ratio(folder: Path) -> None:
     keep(folder, "ratio", message)
 
 
+def whole_run(
+    folder: Path,
+    name: str,
+    at: int = 0,
+    action: Callable[[], Any] = die,
+    resume: bool = False,
+    **changes: Any,
+) -> Distillation:
+    """Distil a small teacher, and do something after a rollout; see `small_runs`."""
+    callback = At(at, action)
+    return small_runs.run(
+        folder / "teacher", folder / name, resume=resume, callback=callback, **RUN, **changes
+    )
+
+
+def outcome(run: Distillation) -> dict[str, Any]:
+    """All that training has led to in a process, without what depends on the clock."""
+    state = agent_state(run.model)
+    state["episodes"] = [{key: e[key] for key in ("r", "l")} for e in state["episodes"]]
+    report = {key: value for key, value in run.report.items() if "seconds" not in key}
+    return {"agent": state, "random": random_state(), "report": report}
+
+
+def interrupted_runs(folder: Path) -> None:
+    """A run that nothing interrupts, and others that go on after what did."""
+    keep(folder, "straight", outcome(whole_run(folder, "straight")))
+
+    with contextlib.suppress(Killed):
+        whole_run(folder, "died", 4)
+    keep(folder, "died", outcome(whole_run(folder, "died", resume=True)))
+
+    def signalled() -> None:
+        if parallel.rank() == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    try:
+        whole_run(folder, "signalled", 3, signalled)
+    except Interrupted as error:
+        keep(folder, "code", error.code)
+    keep(folder, "signalled", outcome(whole_run(folder, "signalled", resume=True)))
+
+    # One that a single process has begun.
+    keep(folder, "alone", outcome(whole_run(folder, "alone", resume=True)))
+
+
 def be_killed(folder: Path) -> None:
-    """Save after every rollout; the second process dies at its third."""
+    """The second process dies in the fourth iteration of a run that saves every second one."""
 
-    def save(model: ReDiFPPO) -> None:
-        if model.rollouts == 3 and parallel.rank() == 1:
+    def kill() -> None:
+        if parallel.rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        model.save(folder / "new.zip")
+
+    whole_run(folder, "killed", 4, kill)
+
+
+def runs_in_parts(folder: Path) -> None:
+    """A run of which each process holds a part of the student, and one that went on."""
+    keep(folder, "straight", outcome(whole_run(folder, "straight")))
+    run = whole_run(folder, "parts", shard_student=True)
+    keep(folder, "parts", outcome(run))
+    keep(folder, "elements", elements(run.model))
+    run.model.save(folder / "parts.zip")
+    with contextlib.suppress(Killed):
+        whole_run(folder, "died in parts", 4, shard_student=True)
+    resumed = whole_run(folder, "died in parts", resume=True, shard_student=True)
+    keep(folder, "died in parts", outcome(resumed))
+
+
+def families_in_parts(folder: Path) -> None:
+    """The averaged gradients of each family's network, whole and in parts."""
+    for name, family in FAMILIES.items():
         if parallel.is_main():
-            os.replace(folder / "new.zip", folder / "checkpoint.zip")
+            family.make().save_pretrained(folder / name)
+        parallel.check_same("family", name)
+        options = {"num_steps": family.num_steps, **family.options}
+        denoiser = load_teacher(folder / name, **options).denoiser
+        denoiser.network.float().requires_grad_(True)
+        parts = copy.deepcopy(denoiser)
+        enable_gradient_checkpointing(parts.network)
+        shard(parts.network)
+        noise = torch.Generator().manual_seed(parallel.rank())
+        rows = denoiser.initial_noise(3, noise), torch.tensor([100.0, 300.0, 500.0])
+        condition = denoiser.initial_condition(3, noise)
+        for each in (denoiser, parts):
+            each(*rows, condition).square().mean().backward()
+        parallel.average_gradients(denoiser.network.parameters(), {})
+        found = [
+            {n: whole(w.grad) for n, w in each.network.named_parameters() if w.grad is not None}
+            for each in (denoiser, parts)
+        ]
+        keep(folder, f"family {name}", found)
 
-    learn(make_agent(learning_rate=1e-4), 100, OnRolloutEnd(save))
 
-
-def main(folder: Path) -> None:
+def main(folder: Path, in_parts: bool) -> None:
     torch.set_num_threads(1)
     parallel.start("cpu")
+    if in_parts:
+        runs_in_parts(folder)
+        families_in_parts(folder)
+        keep(folder, "done", None)
+        return
     keep(folder, "bank", make_env().bank.teacher_x_0)
     tasks(folder)
     for name in CASES:
@@ -189,9 +308,10 @@ def main(folder: Path) -> None:
     train(folder, "learned", free)
     no_finite_loss(folder)
     wrong_ratio(folder)
+    interrupted_runs(folder)
     keep(folder, "done", None)
     be_killed(folder)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:] == [IN_PARTS])

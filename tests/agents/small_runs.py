@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline
+from stable_baselines3.common.callbacks import BaseCallback
 from tiny_models import pixel_unet
 
 from agents import distill, distillation, run_folder
@@ -29,6 +31,35 @@ OPTIONS: dict[str, Any] = {
     "checkpoint_every": 2,
     "learning_rate": 1e-3,
 }
+
+
+class At(BaseCallback):
+    """Does something at the end of a rollout.
+
+    Args:
+        rollout: Which one, from 1.
+        action: What.
+    """
+
+    def __init__(self, rollout: int, action: Callable[[], Any]) -> None:
+        super().__init__()
+        self.rollout, self.action = rollout, action
+
+    def _on_rollout_end(self) -> None:
+        model: Any = self.model
+        if model.rollouts == self.rollout:
+            self.action()
+
+    def _on_step(self) -> bool:
+        return True
+
+
+class Killed(BaseException):
+    """Stands for sudden death: nothing catches it."""
+
+
+def die() -> None:
+    raise Killed
 
 
 def write_teacher(folder: Path, seed: int = 0) -> Path:

@@ -2,13 +2,17 @@
 
 import json
 import os
+import random
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import parallel_worker
 import pytest
+import small_runs
 import torch
 from parallel_worker import (
     CASES,
@@ -19,10 +23,18 @@ from parallel_worker import (
     learn,
     make_agent,
     make_env,
+    outcome,
+    whole_run,
 )
+from small_runs import Killed
+from test_checkpoints import same
+from tiny_models import FAMILIES
 
 import agents
 from agents import ReDiFPPO, compatibility
+from agents.callbacks import HeldOutEvaluation
+from agents.checkpoints import Checkpoints, pack, unpack
+from agents.resuming import agent_state, load_training
 from benchmarks import scaling
 from redif_env import ReDiFVectorEnv, TeacherBank, load_denoiser, parallel
 from redif_env.errors import InvalidArgumentError, MissingExtraError
@@ -42,13 +54,13 @@ def environment(**more: object) -> dict[str, str]:
     return {**inherited, **{name: str(value) for name, value in more.items()}}
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
+def run_pair(folder, *arguments):
     """Two processes that ran `parallel_worker.py`: their folder, exit codes and errors."""
-    folder = tmp_path_factory.mktemp("pair")
-    port, command = free_port(), [sys.executable, parallel_worker.__file__, str(folder)]
+    port = free_port()
+    command = [sys.executable, parallel_worker.__file__, str(folder), *arguments]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2}
     shared |= {"LOCAL_WORLD_SIZE": 2, "REDIF_CACHE": folder / "cache"}
+    shared |= {"PYTHONPATH": os.pathsep.join(sys.path)}
     processes = [
         subprocess.Popen(
             command,
@@ -67,6 +79,25 @@ def pair(tmp_path_factory):
     for rank in range(2):
         assert (folder / f"done-{rank}.pt").exists(), outputs[rank][1]
     return folder, [process.returncode for process in processes], outputs
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pair")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REDIF_CACHE", str(folder / "cache"))
+        small_runs.write_teacher(folder / "teacher")
+        for name in ("alone", "alone too"):
+            with pytest.raises(Killed):
+                whole_run(folder, name, 4)
+    return run_pair(folder)
+
+
+@pytest.fixture(scope="module")
+def in_parts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parts")
+    small_runs.write_teacher(folder / "teacher")
+    return run_pair(folder, parallel_worker.IN_PARTS)
 
 
 def left(pair, name):
@@ -196,15 +227,142 @@ def test_a_wrong_ratio_in_one_process_stops_all(pair):
         assert "before the first update" in message
 
 
-def test_a_killed_process_ends_the_run_and_leaves_a_checkpoint(pair, whole_bank):
+def assert_same_runs(pair, name, straight):
+    for run, expected in zip(left(pair, name), left(pair, straight), strict=True):
+        for part in expected:
+            assert same(run[part], expected[part]), part
+    assert not same(*(run["random"] for run in left(pair, name)))  # each has its own
+    students = [(pair[0] / run / "student").rglob("*.safetensors") for run in (name, straight)]
+    for ours, theirs in zip(*students, strict=True):
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["died", "signalled"])
+def test_as_many_processes_go_on_bit_by_bit(pair, name):
+    assert_same_runs(pair, name, "straight")
+
+
+def test_a_signal_to_one_process_saves_and_ends_all(pair):
+    assert left(pair, "code") == [128 + signal.SIGTERM] * 2
+    assert Checkpoints(pair[0] / "signalled/checkpoints").iterations()[-1] == 6
+    assert "SIGTERM: saved after iteration 3" in pair[2][0][1]
+
+
+def rows(parts):
+    """The environment's rows of processes, put together."""
+    whole = {name: value for name, value in parts[0].items() if name != "state"}
+    for name in ("tasks", "episodes"):
+        whole[name] = torch.cat([part[name] for part in parts])
+    names = [name for name, value in parts[0]["state"].items() if value is not None]
+    states = {name: torch.cat([part["state"][name] for part in parts]) for name in names}
+    return {**whole, "state": states}
+
+
+def test_two_processes_go_on_with_what_one_began(pair, whole_bank):
+    folder = pair[0]
+    assert "the checkpoint is of 1 process, and now there are 2" in pair[2][0][1]
+    assert "the checkpoint is of" not in pair[2][1][1]
+    first, second = left(pair, "alone")
+    agents = [run["agent"] for run in (first, second)]
+    for part in ("policy", "optimizer", "counters", "start", "training"):
+        assert same(*(agent[part] for agent in agents)), part
+    assert not same(first["random"], second["random"])
+    alone = outcome(whole_run(folder, "alone too", resume=True))
+    assert same(rows([alone["agent"]["env"]]), rows([agent["env"] for agent in agents]))
+    assert first["report"]["processes"] == 2
+    for part in ("ledger", "trajectories", "network_evaluations"):
+        assert first["report"][part] == alone["report"][part], part
+    ours, theirs = (run["report"]["history"] for run in (first, alone))
+    assert ours[0] == theirs[0]
+    assert ours[1]["paired_mse"] == pytest.approx(theirs[1]["paired_mse"], rel=1e-6)  # judged anew
+    assert [entry["iteration"] for entry in ours] == [entry["iteration"] for entry in theirs]
+    assert ours[-1]["paired_mse"] == pytest.approx(theirs[-1]["paired_mse"], rel=0.1)
+    assert not same(ours, theirs)
+
+
+def test_a_killed_process_ends_the_run_and_one_process_goes_on(pair, whole_bank):
     folder, codes, outputs = pair
     assert codes[1] == -9
     assert codes[0] == 1
     last = outputs[0][1].rstrip().splitlines()
     assert any("LostProcessError: process 0 could not" in line for line in last)
-    model = ReDiFPPO.load(folder / "checkpoint.zip", env=make_env())
-    assert model.rollouts in (2, 3)
-    learn(model, 1)
+    saved = Checkpoints(folder / "killed/checkpoints").newest()
+    assert saved is not None
+    assert saved[0] == 2
+    with pytest.warns(RuntimeWarning, match="is of 2 processes, and now there is 1"):
+        run = whole_run(folder, "killed", resume=True)
+    straight = left(pair, "straight")[0]["report"]
+    for part in ("ledger", "trajectories"):
+        assert run.report[part] == straight[part], part
+    before, after = (report["history"][:2] for report in (straight, run.report))
+    assert before[0] == after[0]
+    assert before[1]["paired_mse"] == pytest.approx(after[1]["paired_mse"], rel=1e-6)
+    assert before[1]["reward_exploring"] != after[1]["reward_exploring"]
+    # What it went on from.
+    model = run.model
+    generators = load_training(model, HeldOutEvaluation(model.env.env.unwrapped.bank), *saved)
+    state, expected = unpack(*pack(agent_state(model))), saved[1]["agent"]
+    for part in ("policy", "optimizer", "gap", "adaptive", "start", "training", "task_means"):
+        assert same(state[part], expected[part]), part
+    parts = [expected["env"], *(other["env"] for other in saved[1]["others"])]
+    assert same(rows([state["env"]]), rows(parts))
+    drawn = []
+    for _ in range(2):
+        generators.init_callback(model)
+        generators.on_training_start({}, {})
+        drawn.append((torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()))
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.slow
+def test_a_student_in_parts_is_the_same_one(in_parts):
+    """Trained, judged, saved and exported, whichever process holds which weights."""
+    runs = [left(in_parts, name)[0] for name in ("straight", "parts")]
+    whole, parts = (run["agent"] for run in runs)
+    moments = [agent["optimizer"]["state"] for agent in (whole, parts)]
+    assert len(moments[0]) > 10
+    close(parts["policy"], whole["policy"])
+    close(*({(i, n): t for i, m in each.items() for n, t in m.items()} for each in moments[::-1]))
+    assert parts["counters"]["updates"] == whole["counters"]["updates"]
+    reports = [run["report"] for run in runs]
+    assert reports[0]["ledger"] == reports[1]["ledger"]
+    for one, other in zip(*(report["history"] for report in reports), strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    exported = [
+        load_denoiser(in_parts[0] / name / "student").network.state_dict()
+        for name in ("straight", "parts")
+    ]
+    close(exported[1], exported[0])
+    loaded = ReDiFPPO.load(in_parts[0] / "parts.zip").policy.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in parts["policy"].items())
+
+
+def close(ours, theirs):
+    assert set(ours) == set(theirs)
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5, msg=str(name))
+
+
+@pytest.mark.slow
+def test_a_student_in_parts_goes_on_bit_by_bit(in_parts):
+    assert_same_runs(in_parts, "died in parts", "parts")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_has_the_same_gradient_in_parts(in_parts, name):
+    for whole, parts in left(in_parts, f"family {name}"):
+        assert set(parts) == set(whole)
+        assert distance(parts, whole) < 1e-6
+
+
+@pytest.mark.slow
+def test_each_process_holds_its_part_alone(in_parts):
+    student = left(in_parts, "straight")[0]["report"]["parameters"]["student"]
+    held = left(in_parts, "elements")
+    for name in ("weights", "average", "gradients", "moments", "start"):
+        assert held[0][name] + held[1][name] == student
+        assert held[0][name] == pytest.approx(student / 2, rel=0.02)
 
 
 def test_the_second_process_is_silent(pair):
@@ -228,6 +386,11 @@ def test_one_process_is_left_alone():
     assert weight.grad is gradient
     (seen,) = parallel.in_shares(lambda rows: (values[rows],), 3)
     assert seen.data_ptr() == values.data_ptr()
+
+
+def test_adapters_are_not_held_in_parts():
+    with pytest.raises(InvalidArgumentError, match="shard_student=True: pass False with adapters"):
+        make_agent(policy_kwargs={"shard_student": True, "lora_rank": 2})
 
 
 def test_processes_need_accelerate(monkeypatch):

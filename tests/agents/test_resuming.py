@@ -18,6 +18,7 @@ import pytest
 import small_runs
 import torch
 from filelock import FileLock
+from small_runs import At, Killed, die
 from small_world import ITERATION
 from stable_baselines3.common.callbacks import BaseCallback
 from test_checkpoints import same
@@ -174,34 +175,6 @@ def straight(teacher_folder, tmp_path_factory):
     """A run that nothing interrupted, and its folder."""
     out = tmp_path_factory.mktemp("runs") / "straight"
     return small_runs.run(teacher_folder, out, warm_up=2), out
-
-
-class At(BaseCallback):
-    """Does something at the end of a rollout.
-
-    Args:
-        rollout: Which one, from 1.
-        action: What.
-    """
-
-    def __init__(self, rollout, action) -> None:
-        super().__init__()
-        self.rollout, self.action = rollout, action
-
-    def _on_rollout_end(self) -> None:
-        if self.model.rollouts == self.rollout:
-            self.action()
-
-    def _on_step(self) -> bool:
-        return True
-
-
-class Killed(BaseException):
-    """Stands for sudden death: nothing catches it."""
-
-
-def die():
-    raise Killed
 
 
 def interrupt(teacher_folder, out, rollout, action, expected, **changes):
