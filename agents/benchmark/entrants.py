@@ -260,7 +260,7 @@ CHOSEN: dict[str, Settings] = {
     "consistency": {"grid": UNIFORM, "learning_rate": 1e-3},
     "distribution_matching": {"batch_size": 64, "fake_updates": 2, "learning_rate": 5e-5},
     "backprop": {"learning_rate": 1e-4, "batch_size": 32},
-    OURS: {"learning_rate": 1e-4, "batch_size": 64},
+    OURS: {"learning_rate": 2e-4},
     f"progressive+{OURS}": {"grid": UNIFORM},
     # Those of benchmarks/schedules.py.
     f"{OURS}-adaptive": {
