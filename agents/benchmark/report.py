@@ -159,12 +159,14 @@ def summary(found: Mapping[str, Any]) -> str:
 
 
 def tuning_table(lines: Sequence[dict[str, Any]]) -> str:
-    """Trials in Markdown, best first, for each method."""
-    rows = ["| method | settings | paired MSE | Frechet |", "|---|---|---|---|"]
-    for line in sorted(lines, key=lambda each: (each["method"], each["paired_mse"])):
+    """Trials in Markdown, best first, for each method and budget."""
+    rows = ["| method | budget, k | settings | paired MSE | Frechet |", "|---|---|---|---|---|"]
+    order = ("method", "budget", "paired_mse")
+    for line in sorted(lines, key=lambda each: tuple(each[name] for name in order)):
         settings = ", ".join(f"{name} {value}" for name, value in line["settings"].items())
         frechet = f"{line['frechet']:.3f}" if "frechet" in line else "-"
-        rows.append(f"| {line['method']} | {settings} | {line['paired_mse']:.5f} | {frechet} |")
+        about = f"{line['method']} | {line['budget'] / 1000:.0f} | {settings}"
+        rows.append(f"| {about} | {line['paired_mse']:.5f} | {frechet} |")
     return "\n".join(rows)
 
 

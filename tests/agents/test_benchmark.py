@@ -331,10 +331,16 @@ def test_the_images_task_needs_a_teacher_and_no_other_takes_one():
         assert caught.value.argument == "teacher"
 
 
-def test_trials_are_listed_best_first(task):
+def test_trials_are_listed_best_first_for_each_budget():
     rows = [
-        {"method": "backprop", "settings": {"learning_rate": rate}, "paired_mse": error}
-        for rate, error in ((0.1, 0.5), (0.2, 0.25))
+        {
+            "method": "backprop",
+            "settings": {"learning_rate": rate},
+            "paired_mse": error,
+            "budget": budget,
+        }
+        for rate, error, budget in ((0.1, 0.5, 1000), (0.2, 0.25, 1000), (0.3, 0.1, 2000))
     ]
     lines = tuning_table(rows).splitlines()
-    assert lines[2].startswith("| backprop | learning_rate 0.2")
+    assert lines[2].startswith("| backprop | 1 | learning_rate 0.2")
+    assert lines[4].startswith("| backprop | 2 | learning_rate 0.3")
