@@ -169,6 +169,7 @@ ENTRANTS: dict[str, Entrant] = {
     **{name: _rival(name) for name in METHODS},
     OURS: _ours(),
     f"output_regression+{OURS}": _warm("output_regression"),
+    f"trajectory_regression+{OURS}": _warm("trajectory_regression"),
     f"progressive+{OURS}": _warm("progressive"),
     GAUSSIAN: _ours(exploration_noise="gaussian"),
     f"{OURS}-times": _ours(learned=True),

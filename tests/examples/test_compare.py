@@ -42,7 +42,7 @@ def test_a_comparison_runs_and_reports_and_is_not_redone(args, capsys):
 def test_trials_are_kept_apart_from_results(args, capsys):
     args.tune, args.methods, args.budget = True, ("output_regression",), 800
     compare.main(args)
-    assert len((args.results / "mixture-tuning.jsonl").read_text().splitlines()) == 4
+    assert len((args.results / "mixture-tuning.jsonl").read_text().splitlines()) == 8
     assert not (args.results / "mixture.jsonl").exists()
     assert capsys.readouterr().out.count("| output_regression | learning_rate") == 4
 
