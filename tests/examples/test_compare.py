@@ -44,7 +44,7 @@ def test_trials_are_kept_apart_from_results(args, capsys):
     compare.main(args)
     assert len((args.results / "mixture-tuning.jsonl").read_text().splitlines()) == 8
     assert not (args.results / "mixture.jsonl").exists()
-    assert capsys.readouterr().out.count("| output_regression | learning_rate") == 4
+    assert capsys.readouterr().out.count("| output_regression | 1 | learning_rate") == 8
 
 
 def test_an_unknown_method_is_refused_before_anything_is_written(args):
