@@ -174,7 +174,8 @@ def distill(
         device: Where to train; default: the teacher's, or CPU. Of several processes on CUDA each
             takes the device of its local rank.
         out: Folder of the run to write, which must not exist; None writes nothing. The student is a
-            diffusers folder in it, `student/`, or `student.safetensors` for modules of one's own.
+            diffusers folder in it, `student/`, or `student.safetensors` for modules and noise
+            schedules of one's own that diffusers can not sample.
         checkpoint_every: Iterations of PPO between two checkpoints in `out/checkpoints`, of which
             the last two and the best are kept; None writes none. With them, SIGTERM and SIGINT
             finish and save the iteration in progress, and exit with 128 + the signal's number.
@@ -206,6 +207,8 @@ def distill(
     config = make_config(arguments, plan, options, teacher, reward)
     if plan.written is not None and resume:
         resuming.check_same(plan.written, config)
+    if plan.folder is not None:
+        run_folder.check_export(teacher)
     # Everything is made once on the uniform grid, so that bad options meet their errors before the
     # teacher is asked and the grid is searched.
     options.make_model(teacher, num_envs, uniform, learned)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_model
 from stable_baselines3.common.callbacks import BaseCallback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_models import pixel_unet
 
 from agents import distill, distillation
 from agents.distillation import find_judge, last_taken, next_free, versions
@@ -19,6 +20,7 @@ from agents.evaluation import compare
 from redif_env import Denoiser, KernelSolver, schedules
 from redif_env.errors import InvalidArgumentError, TeacherFolderError
 from redif_env.loading import load_denoiser, load_teacher
+from redif_env.noise import SDESchedule, VPSchedule
 from redif_env.rewards import MSE, PSNR
 from redif_env.teacher import Teacher, TeacherBank
 
@@ -457,3 +459,33 @@ def test_a_module_of_ones_own_leaves_its_weights_in_the_folder(tmp_path):
     for name, weight in result.student.network.state_dict().items():
         assert torch.equal(network.state_dict()[name], weight)
         assert not torch.equal(denoiser.network.state_dict()[name], weight)
+
+
+def teacher_on(schedule, config=None) -> Teacher:
+    """A diffusers network on a noise schedule of one's own."""
+    denoiser = Denoiser(pixel_unet(), schedule, "v_prediction", (3, 8, 8))
+
+    def solver():
+        made = KernelSolver(denoiser)
+        made.config |= config or {}
+        return made
+
+    return Teacher(denoiser, solver, 5)
+
+
+def test_a_network_of_diffusers_on_another_schedule_leaves_its_weights(tmp_path):
+    """Diffusers has no scheduler for it: a folder would sample something else."""
+    out = tmp_path / "run"
+    result = distill(teacher_on(SDESchedule()), **SMALL, out=out)
+    assert not (out / "student").exists()
+    network = pixel_unet()
+    assert load_model(network, out / "student.safetensors") == (set(), [])
+    trained = result.student.network.state_dict()
+    assert all(torch.equal(weight, trained[name]) for name, weight in network.state_dict().items())
+
+
+def test_a_solver_that_can_not_be_exported_is_refused_before_training(tmp_path):
+    teacher = teacher_on(VPSchedule(torch.linspace(0.999, 0.01, 1000)), {"beta_schedule": "mine"})
+    with pytest.raises(InvalidArgumentError, match="scheduler_config="):
+        distill(teacher, **SMALL, out=tmp_path / "run")
+    assert not list(tmp_path.iterdir())
