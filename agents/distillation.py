@@ -25,7 +25,16 @@ from redif_env.teacher import Teacher, TeacherBank
 from . import presets, reinforcement, reporting, resuming, run_folder, smaller
 from .baselines import METHODS, OutputRegression
 from .callbacks import HeldOutEvaluation, ProgressBar
-from .planning import LEARNED, PPO, Options, Plan, check_arguments, make_config, make_options
+from .planning import (
+    LEARNED,
+    PPO,
+    WITH_REWARD,
+    Options,
+    Plan,
+    check_arguments,
+    make_config,
+    make_options,
+)
 from .ppo import ReDiFPPO
 from .reporting import REFERENCE_SEED, Banks, find_judge, versions
 from .run_folder import find_base, last_taken, next_free
@@ -42,7 +51,6 @@ __all__ = [
 ]
 
 SEARCH = "search"
-WITH_REWARD = ("backprop", "surrogate")  # other methods have an aim of their own
 NUM_VALIDATION = 512  # tasks that the grid is searched on, and training is followed
 
 

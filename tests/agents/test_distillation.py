@@ -378,6 +378,7 @@ def test_learned_times_start_at_the_searched_grid_and_are_exported(tmp_path):
     assert result.report["ledger"]["search"] > 0
 
 
+BLIND = "mse + 0.1*compressed_size"
 METHOD = {
     "method": "progressive",
     "num_steps": 1,
@@ -432,6 +433,22 @@ def test_what_another_method_can_not_use_is_refused(tmp_path, name, value):
         distill(teacher, **{**METHOD, name: value}, out=tmp_path / "run")
     assert caught.value.argument == name
     assert not list(tmp_path.iterdir())
+
+
+def test_a_surrogate_is_trained_on_a_reward_that_needs_one():
+    result = distill(new_teacher(), **{**METHOD, "method": "surrogate"}, reward=BLIND)
+    assert result.report["method"] == "surrogate"
+    ledger = result.report["ledger"]
+    assert ledger["update"] > 0
+    start = weights(new_teacher().denoiser)
+    assert (weights(result.student) - start).abs().max() > 0
+
+
+@pytest.mark.parametrize(("method", "reward"), [("surrogate", "mse"), ("backprop", BLIND)])
+def test_a_reward_of_the_wrong_kind_for_a_method_is_refused(method, reward):
+    with pytest.raises(InvalidArgumentError, match="reward=") as caught:
+        distill(new_teacher(), **{**METHOD, "method": method}, reward=reward)
+    assert caught.value.argument == "reward"
 
 
 class Affine(torch.nn.Module):
