@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from redif_env.rewards.pixel import MSE, PSNR, SSIM
 
 from . import metrics
 from .evaluation import Judge
-from .intervals import Draws, holm, holm_levels, resample, verdict
+from .intervals import Draws, holm, holm_levels, needed_resamples, resample, verdict
 from .metrics import Statistic
 
 LARGER_IS_BETTER = frozenset(
@@ -215,8 +216,12 @@ def evaluate(
         `floor`: an interval by figure. `methods`: by name and figure an interval and, where there
         is a floor, its `excess` over it, an interval too, larger than 0 where the method is worse.
         `comparisons`: of each figure but precision and density, and each pair, the difference in
-        an interval that holds simultaneously for the figure's pairs (Holm), the p-value, Holm's,
-        and the verdict on the first of the two, see `intervals.verdict`. All plain data.
+        an interval of the level that Holm tests it at, the p-value, Holm's, and the verdict on
+        the first of the two, see `intervals.verdict`. All plain data.
+
+    Warns:
+        RuntimeWarning: where the resamples are too few for a verdict, see
+            `intervals.needed_resamples`. All are then `"not shown"`.
 
     Raises:
         InvalidArgumentError: for samples of other shapes or numbers than the answers', or not
@@ -250,9 +255,14 @@ def weigh(
         bench: The bench.
         focus: Methods to compare with all others; default: all with all.
         level: Of the intervals.
+
+    Warns:
+        RuntimeWarning: as `evaluate`.
     """
     base = _over_seeds([bench.floor])
     methods = {name: _over_seeds(seeds) for name, seeds in drawn.items()}
+    families = _families(methods, focus)
+    _warn_of_few_resamples(families, len(bench.task_counts), level)
     return {
         "num_samples": len(bench.yardstick.answers),
         "num_reference": len(bench.yardstick.reference),
@@ -260,7 +270,7 @@ def weigh(
         "num_resamples": len(bench.task_counts),
         "floor": {name: dataclasses.asdict(each.interval(level)) for name, each in base.items()},
         "methods": {name: _described(own, base, level) for name, own in methods.items()},
-        "comparisons": _compare(methods, base, level, focus),
+        "comparisons": _compare(families, methods, base, level),
     }
 
 
@@ -440,18 +450,42 @@ def _floor(name: str, like: Draws, floor: Mapping[str, Draws]) -> Draws | None:
     return floor.get(name)
 
 
+Families = Mapping[str, Sequence[tuple[str, str]]]  # pairs of methods, by figure
+
+
+def _families(
+    drawn: Mapping[str, Mapping[str, Draws]], focus: Sequence[str] | None
+) -> dict[str, list[tuple[str, str]]]:
+    """Pairs of methods that both have a figure, by figure: Holm corrects for those of one."""
+    figures = dict.fromkeys(name for own in drawn.values() for name in own)
+    return {
+        figure: _pairs([name for name, own in drawn.items() if figure in own], focus)
+        for figure in figures
+        if figure not in UNRANKED
+    }
+
+
+def _warn_of_few_resamples(families: Families, num_resamples: int, level: float) -> None:
+    most = max(map(len, families.values()), default=0)
+    needed = needed_resamples(most, level)
+    if num_resamples < needed:
+        warnings.warn(
+            f"{num_resamples} resamples can show nothing of {most} comparisons: pass "
+            f"num_resamples={needed} at least, or compare fewer methods.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
 def _compare(
+    families: Families,
     drawn: Mapping[str, Mapping[str, Draws]],
     floor: Mapping[str, Draws],
     level: float,
-    focus: Sequence[str] | None,
 ) -> list[dict[str, Any]]:
-    """Each pair of methods by each figure that both have; a figure's pairs are a family."""
+    """Each pair of each family: its difference, p-values and verdict."""
     comparisons = []
-    figures = dict.fromkeys(name for own in drawn.values() for name in own)
-    for figure in (name for name in figures if name not in UNRANKED):
-        having = [name for name, own in drawn.items() if figure in own]
-        pairs = _pairs(having, focus)
+    for figure, pairs in families.items():
         differences = [drawn[first][figure] - drawn[second][figure] for first, second in pairs]
         p_values = [difference.p_value() for difference in differences]
         rows = zip(
@@ -462,6 +496,10 @@ def _compare(
             base = _floor(figure, rival, floor)
             interval = difference.interval(own_level)
             gap = None if base is None else (rival - base).estimate
+            larger_is_better = figure in LARGER_IS_BETTER
+            # Of fewer, the interval is shorter than its level says: nothing matches either.
+            enough = len(difference.values) >= needed_resamples(len(pairs), level)
+            shown = verdict(interval, p_holm, gap, larger_is_better, level)
             comparisons.append(
                 {
                     "figure": figure,
@@ -470,7 +508,7 @@ def _compare(
                     "difference": dataclasses.asdict(interval),
                     "p": p,
                     "p_holm": p_holm,
-                    "verdict": verdict(interval, gap, figure in LARGER_IS_BETTER),
+                    "verdict": shown if enough else "not shown",
                 }
             )
     return comparisons

@@ -157,33 +157,53 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def holm_levels(p_values: Sequence[float], level: float = 0.95) -> list[float]:
-    """The level of each comparison's interval: it then excludes 0 where Holm's test rejects.
+    """The level of each comparison's interval: it excludes 0 wherever Holm's test rejects.
 
     The i-th smallest p-value is tested at `alpha / (m - i)`, and all from the first that is kept
-    at that one's.
+    at that one's. An interval may exclude 0 a little earlier than the test rejects, because p is
+    smoothed (see `Draws.p_value`).
     """
-    alpha, order = 1 - level, _order(p_values)
+    alpha, order, adjusted = 1 - level, _order(p_values), holm(p_values)
     levels, divisor, rejecting = [level] * len(order), len(order), True
     for rank, index in enumerate(order):
         divisor = len(order) - rank if rejecting else divisor
-        rejecting = rejecting and p_values[index] <= alpha / divisor
+        rejecting = rejecting and adjusted[index] <= alpha
         levels[index] = 1 - alpha / divisor
     return levels
 
 
-def verdict(difference: Interval, gap: float | None, larger_is_better: bool = False) -> str:
+def needed_resamples(comparisons: int, level: float = 0.95) -> int:
+    """Resamples without which no p-value of a family can be small enough, `2 m / alpha - 1`.
+
+    Args:
+        comparisons: Of the family, m.
+        level: Of the intervals, 1 - alpha.
+    """
+    return math.ceil(2 * check_integer("comparisons", comparisons, 0) / (1 - level)) - 1
+
+
+def verdict(
+    difference: Interval,
+    p_holm: float,
+    gap: float | None,
+    larger_is_better: bool = False,
+    level: float = 0.95,
+) -> str:
     """What a difference, a method's figure less its rival's, shows.
 
     Args:
-        difference: With its interval.
+        difference: With its interval, of the level that Holm tests it at.
+        p_holm: Its p-value, adjusted.
         gap: How far the rival is from the floor, of any sign; None where there is no floor.
         larger_is_better: Of the figure.
+        level: 1 less what `p_holm` may be.
 
     Returns:
-        `"better"` or `"worse"` where the interval excludes 0; `"matches"` where all of it lies
-        within a tenth of the gap (so that few samples match nothing); else `"not shown"`.
+        `"better"` or `"worse"` where `p_holm` is at most 1 - level; `"matches"` where all of the
+        interval lies within a tenth of the gap (so that few samples match nothing); else
+        `"not shown"`.
     """
-    if difference.low > 0 or difference.high < 0:
+    if p_holm <= 1 - level:  # the interval then excludes 0
         return "better" if (difference.low > 0) == larger_is_better else "worse"
     largest = max(abs(difference.low), abs(difference.high))
     if gap is not None and largest <= TOLERANCE * abs(gap):

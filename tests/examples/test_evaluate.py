@@ -21,7 +21,7 @@ from redif_env.errors import InvalidArgumentError, TeacherFolderError
 from redif_env.loading import BUNDLED, load_teacher
 
 NUM = 24
-TINY = {"num_samples": NUM, "teacher_steps": 3, "num_resamples": 100}
+TINY = {"num_samples": NUM, "teacher_steps": 3, "num_resamples": 250}
 
 
 @pytest.fixture(scope="module")
