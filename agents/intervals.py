@@ -47,7 +47,7 @@ class Draws:
     Attributes:
         estimate: The figure.
         values: Of resamples, float64 `(B,)`.
-        error: Standard error of the mean over seeds, e; 0 for one seed.
+        error: Standard error of the mean over seeds, e; 0 for one seed, NaN if a figure overflows.
         degrees: Of freedom of that error, :math:`\nu`.
     """
 
@@ -107,22 +107,28 @@ class Draws:
         """Of the hypothesis that the expectation is 0, two-sided: at least 2 / (B + 1).
 
         Twice the smaller tail beyond 0, as a count of resamples with one added to it and to B
-        (Davison and Hinkley 1997, eq. 4.11).
+        (Davison and Hinkley 1997, eq. 4.11). Values that are no numbers, as of figures that
+        overflow, count in both tails: they show nothing.
         """
         num = len(self.values)
-        if self.error == 0:
-            tails = [float((self.values <= 0).sum()), float((self.values >= 0).sum())]
-        else:
+        if self._has_seeds:
             below = num * self._share_below(0.0)
             tails = [below, num - below]
+        else:
+            tails = [num - float((side > 0).sum()) for side in (self.values, -self.values)]
         return min(1.0, 2 * (min(tails) + 1) / (num + 1))
+
+    @property
+    def _has_seeds(self) -> bool:
+        """Whether to smooth by seeds: not one alone, nor what is no number."""
+        return self.error > 0 and bool(self.values.isfinite().all())
 
     def _share_below(self, x: float) -> float:
         scaled = (x - self.values.cpu().numpy()) / self.error
         return float(special.stdtr(self.degrees, scaled).mean())
 
     def _quantile(self, share: float) -> float:
-        if self.error == 0:
+        if not self._has_seeds:
             return float(self.values.quantile(self.values.new_tensor(share)))
         # Each resample alone has its quantile here; that of all lies between the outermost two, and
         # a little more, since both functions are rounded.

@@ -134,6 +134,20 @@ def test_p_values_by_hand(generator):
     assert p(*[-1.0] * 99) == p(*[1.0] * 99)
 
 
+def test_what_is_no_number_shows_nothing(generator):
+    """A figure that overflows: its resamples less their mean are NaN."""
+    values = torch.randn(2, 200, generator=generator).double()
+    finite = Draws.of(values.mean(1), values)
+    overflowing = torch.full_like(values, math.inf)
+    for seeds in (1, 2):
+        draws = Draws.of(overflowing[:seeds, 0], overflowing[:seeds]) - finite
+        assert draws.p_value() == 1
+        interval = draws.interval()
+        assert math.isnan(interval.low)
+        assert math.isnan(interval.high)
+        assert verdict(interval, draws.p_value(), math.inf) == "not shown"
+
+
 def test_an_interval_excludes_zero_where_p_is_small(generator):
     rows = torch.randn(100, generator=generator).double()
     for shift in torch.linspace(-0.5, 0.5, 21):
