@@ -59,8 +59,9 @@ class Method:
     """What a method drew.
 
     Attributes:
-        samples: One tensor `(N, ...)` a training seed.
-        condition: Classes that were asked for, int64 `(N,)`, or None.
+        samples: One tensor `(N, ...)` a training seed, S of them; in random order, unless paired:
+            some figures look at the first rows only.
+        condition: Classes that were asked for, int64 `(N,)` if of all seeds, or `(S, N)`; or None.
         paired: Whether row i answers the task of row i of the yardstick's answers.
     """
 
@@ -413,9 +414,12 @@ def statistics(sight: _Sight) -> dict[str, Statistic]:
 
 def _draw_all(method: Method, bench: Bench) -> list[Drawn]:
     """Of each training seed of a method; unpaired samples have noise of their own."""
+    classes: Sequence[Tensor | None] = [None] * len(method.samples)
+    if method.condition is not None:
+        classes = list(method.condition.expand(len(method.samples), -1))
     return [
-        bench.draw(samples, method.condition, method.paired, shares_tasks=method.paired)
-        for samples in method.samples
+        bench.draw(samples, condition, method.paired, shares_tasks=method.paired)
+        for samples, condition in zip(method.samples, classes, strict=True)
     ]
 
 
@@ -524,10 +528,14 @@ def _pairs(names: Sequence[str], focus: Sequence[str] | None) -> list[tuple[str,
 
 
 def _check(methods: Mapping[str, Method], yardstick: Yardstick) -> None:
-    if min(len(yardstick.answers), len(yardstick.reference)) <= K:
+    num, num_reference = len(yardstick.answers), len(yardstick.reference)
+    if min(num, num_reference) <= K:
         raise InvalidArgumentError(
-            "yardstick", f"{len(yardstick.answers)} answers", f"pass more than {K} of each."
+            "yardstick",
+            f"{num} answers, {num_reference} of the reference",
+            f"pass more than {K} of each.",
         )
+    _check_classes("yardstick", yardstick.condition, (num,))
     _check_rows("reference", yardstick.reference, yardstick.answers.shape[1:])
     _check_rows("answers", yardstick.answers, yardstick.answers.shape[1:])
     for name, method in methods.items():
@@ -535,16 +543,23 @@ def _check(methods: Mapping[str, Method], yardstick: Yardstick) -> None:
             raise InvalidArgumentError(name, method.samples, "pass samples of one seed at least.")
         for samples in method.samples:
             _check_rows(name, samples, yardstick.answers.shape[1:])
-            if len(samples) != len(yardstick.answers):
+            if len(samples) != num:
                 raise InvalidArgumentError(
                     name,
                     f"{len(samples)} rows",
-                    f"pass {len(yardstick.answers)}, as many as the floor is measured on.",
+                    f"pass {num}, as many as the floor is measured on.",
                 )
-        if method.condition is not None and len(method.condition) != len(yardstick.answers):
-            raise InvalidArgumentError(
-                name, f"{len(method.condition)} classes", "pass one a sample, or None."
-            )
+        _check_classes(name, method.condition, (num,), (len(method.samples), num))
+
+
+def _check_classes(name: str, condition: Tensor | None, *shapes: tuple[int, ...]) -> None:
+    # Other shapes would be broadcast against the labels of samples.
+    if condition is not None and (condition.shape not in shapes or condition.is_floating_point()):
+        raise InvalidArgumentError(
+            name,
+            f"{condition.dtype} classes {tuple(condition.shape)}",
+            f"pass integers {' or '.join(map(str, shapes))}, or None.",
+        )
 
 
 def _check_judge(judge: Judge | None, shape: torch.Size) -> None:

@@ -169,6 +169,25 @@ def test_images_get_the_figures_of_distill(teacher, bank, held_out):
     assert "paired_mse" not in report["floor"]
 
 
+def test_each_seed_is_judged_by_its_own_classes(teacher, held_out):
+    """Answers of the teacher in two orders; one order's classes would be wrong for the other."""
+    answers, classes = held_out.teacher_x_0[:32], held_out.condition[:32]
+    order = torch.arange(31, -1, -1)
+    samples = [answers, answers[order]]
+    both = torch.stack([classes, classes[order]])
+    report = evaluate(
+        {"own": Method(samples, both), "first": Method(samples, classes)},
+        Yardstick(answers, answers, classes),
+        Features(find_judge(teacher)),
+        figures=("label_agreement",),
+        num_resamples=100,
+    )
+    floor = report["floor"]["label_agreement"]["estimate"]
+    own, first = (report["methods"][name]["label_agreement"] for name in ("own", "first"))
+    assert own["estimate"] == pytest.approx(floor)
+    assert first["estimate"] < floor - 0.2
+
+
 def test_paired_figures_are_rows(teacher, bank):
     features = Features(find_judge(teacher))
     answers = bank.teacher_x_0
@@ -195,7 +214,11 @@ def test_what_cannot_be_compared_is_refused(generator):
     refused("one seed at least", Method([]))
     refused("more than 5", yardstick=Yardstick(answers[:5], reference))
     refused("reference", yardstick=Yardstick(answers, reference[:, :1]))
-    refused("10 classes", Method([answers], torch.zeros(10).long()))
+    refused(r"classes \(10,\)", Method([answers], torch.zeros(10).long()))
+    refused(r"classes \(150, 1\)", Method([answers], torch.zeros(150, 1).long()))
+    refused(r"pass integers \(150,\) or \(1, 150\)", Method([answers], torch.zeros(150)))
+    classes = Yardstick(answers, reference, torch.zeros(1).long())
+    refused(r"yardstick='torch.int64 classes \(1,\)'", yardstick=classes)
     refused("judge=", features=Features(Judge()))
     refused("num_resamples=10", num_resamples=10)
     refused("level=95", level=95)
