@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from redif_env.rewards.pixel import MSE, PSNR, SSIM
 
 from . import metrics
 from .evaluation import Judge
-from .intervals import Draws, holm, holm_levels, resample, verdict
+from .intervals import Draws, holm, holm_levels, needed_resamples, resample, verdict
 from .metrics import Statistic
 
 LARGER_IS_BETTER = frozenset(
@@ -58,8 +59,9 @@ class Method:
     """What a method drew.
 
     Attributes:
-        samples: One tensor `(N, ...)` a training seed.
-        condition: Classes that were asked for, int64 `(N,)`, or None.
+        samples: One tensor `(N, ...)` a training seed, S of them; in random order, unless paired:
+            some figures look at the first rows only.
+        condition: Classes that were asked for, int64 `(N,)` if of all seeds, or `(S, N)`; or None.
         paired: Whether row i answers the task of row i of the yardstick's answers.
     """
 
@@ -215,8 +217,12 @@ def evaluate(
         `floor`: an interval by figure. `methods`: by name and figure an interval and, where there
         is a floor, its `excess` over it, an interval too, larger than 0 where the method is worse.
         `comparisons`: of each figure but precision and density, and each pair, the difference in
-        an interval that holds simultaneously for the figure's pairs (Holm), the p-value, Holm's,
-        and the verdict on the first of the two, see `intervals.verdict`. All plain data.
+        an interval of the level that Holm tests it at, the p-value, Holm's, and the verdict on
+        the first of the two, see `intervals.verdict`. All plain data.
+
+    Warns:
+        RuntimeWarning: where the resamples are too few for a verdict, see
+            `intervals.needed_resamples`. All are then `"not shown"`.
 
     Raises:
         InvalidArgumentError: for samples of other shapes or numbers than the answers', or not
@@ -250,9 +256,14 @@ def weigh(
         bench: The bench.
         focus: Methods to compare with all others; default: all with all.
         level: Of the intervals.
+
+    Warns:
+        RuntimeWarning: as `evaluate`.
     """
     base = _over_seeds([bench.floor])
     methods = {name: _over_seeds(seeds) for name, seeds in drawn.items()}
+    families = _families(methods, focus)
+    _warn_of_few_resamples(families, len(bench.task_counts), level)
     return {
         "num_samples": len(bench.yardstick.answers),
         "num_reference": len(bench.yardstick.reference),
@@ -260,7 +271,7 @@ def weigh(
         "num_resamples": len(bench.task_counts),
         "floor": {name: dataclasses.asdict(each.interval(level)) for name, each in base.items()},
         "methods": {name: _described(own, base, level) for name, own in methods.items()},
-        "comparisons": _compare(methods, base, level, focus),
+        "comparisons": _compare(families, methods, base, level),
     }
 
 
@@ -403,9 +414,12 @@ def statistics(sight: _Sight) -> dict[str, Statistic]:
 
 def _draw_all(method: Method, bench: Bench) -> list[Drawn]:
     """Of each training seed of a method; unpaired samples have noise of their own."""
+    classes: Sequence[Tensor | None] = [None] * len(method.samples)
+    if method.condition is not None:
+        classes = list(method.condition.expand(len(method.samples), -1))
     return [
-        bench.draw(samples, method.condition, method.paired, shares_tasks=method.paired)
-        for samples in method.samples
+        bench.draw(samples, condition, method.paired, shares_tasks=method.paired)
+        for samples, condition in zip(method.samples, classes, strict=True)
     ]
 
 
@@ -440,18 +454,42 @@ def _floor(name: str, like: Draws, floor: Mapping[str, Draws]) -> Draws | None:
     return floor.get(name)
 
 
+Families = Mapping[str, Sequence[tuple[str, str]]]  # pairs of methods, by figure
+
+
+def _families(
+    drawn: Mapping[str, Mapping[str, Draws]], focus: Sequence[str] | None
+) -> dict[str, list[tuple[str, str]]]:
+    """Pairs of methods that both have a figure, by figure: Holm corrects for those of one."""
+    figures = dict.fromkeys(name for own in drawn.values() for name in own)
+    return {
+        figure: _pairs([name for name, own in drawn.items() if figure in own], focus)
+        for figure in figures
+        if figure not in UNRANKED
+    }
+
+
+def _warn_of_few_resamples(families: Families, num_resamples: int, level: float) -> None:
+    most = max(map(len, families.values()), default=0)
+    needed = needed_resamples(most, level)
+    if num_resamples < needed:
+        warnings.warn(
+            f"{num_resamples} resamples can show nothing of {most} comparisons: pass "
+            f"num_resamples={needed} at least, or compare fewer methods.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
 def _compare(
+    families: Families,
     drawn: Mapping[str, Mapping[str, Draws]],
     floor: Mapping[str, Draws],
     level: float,
-    focus: Sequence[str] | None,
 ) -> list[dict[str, Any]]:
-    """Each pair of methods by each figure that both have; a figure's pairs are a family."""
+    """Each pair of each family: its difference, p-values and verdict."""
     comparisons = []
-    figures = dict.fromkeys(name for own in drawn.values() for name in own)
-    for figure in (name for name in figures if name not in UNRANKED):
-        having = [name for name, own in drawn.items() if figure in own]
-        pairs = _pairs(having, focus)
+    for figure, pairs in families.items():
         differences = [drawn[first][figure] - drawn[second][figure] for first, second in pairs]
         p_values = [difference.p_value() for difference in differences]
         rows = zip(
@@ -462,6 +500,10 @@ def _compare(
             base = _floor(figure, rival, floor)
             interval = difference.interval(own_level)
             gap = None if base is None else (rival - base).estimate
+            larger_is_better = figure in LARGER_IS_BETTER
+            # Of fewer, the interval is shorter than its level says: nothing matches either.
+            enough = len(difference.values) >= needed_resamples(len(pairs), level)
+            shown = verdict(interval, p_holm, gap, larger_is_better, level)
             comparisons.append(
                 {
                     "figure": figure,
@@ -470,7 +512,7 @@ def _compare(
                     "difference": dataclasses.asdict(interval),
                     "p": p,
                     "p_holm": p_holm,
-                    "verdict": verdict(interval, gap, figure in LARGER_IS_BETTER),
+                    "verdict": shown if enough else "not shown",
                 }
             )
     return comparisons
@@ -486,10 +528,14 @@ def _pairs(names: Sequence[str], focus: Sequence[str] | None) -> list[tuple[str,
 
 
 def _check(methods: Mapping[str, Method], yardstick: Yardstick) -> None:
-    if min(len(yardstick.answers), len(yardstick.reference)) <= K:
+    num, num_reference = len(yardstick.answers), len(yardstick.reference)
+    if min(num, num_reference) <= K:
         raise InvalidArgumentError(
-            "yardstick", f"{len(yardstick.answers)} answers", f"pass more than {K} of each."
+            "yardstick",
+            f"{num} answers, {num_reference} of the reference",
+            f"pass more than {K} of each.",
         )
+    _check_classes("yardstick", yardstick.condition, (num,))
     _check_rows("reference", yardstick.reference, yardstick.answers.shape[1:])
     _check_rows("answers", yardstick.answers, yardstick.answers.shape[1:])
     for name, method in methods.items():
@@ -497,16 +543,23 @@ def _check(methods: Mapping[str, Method], yardstick: Yardstick) -> None:
             raise InvalidArgumentError(name, method.samples, "pass samples of one seed at least.")
         for samples in method.samples:
             _check_rows(name, samples, yardstick.answers.shape[1:])
-            if len(samples) != len(yardstick.answers):
+            if len(samples) != num:
                 raise InvalidArgumentError(
                     name,
                     f"{len(samples)} rows",
-                    f"pass {len(yardstick.answers)}, as many as the floor is measured on.",
+                    f"pass {num}, as many as the floor is measured on.",
                 )
-        if method.condition is not None and len(method.condition) != len(yardstick.answers):
-            raise InvalidArgumentError(
-                name, f"{len(method.condition)} classes", "pass one a sample, or None."
-            )
+        _check_classes(name, method.condition, (num,), (len(method.samples), num))
+
+
+def _check_classes(name: str, condition: Tensor | None, *shapes: tuple[int, ...]) -> None:
+    # Other shapes would be broadcast against the labels of samples.
+    if condition is not None and (condition.shape not in shapes or condition.is_floating_point()):
+        raise InvalidArgumentError(
+            name,
+            f"{condition.dtype} classes {tuple(condition.shape)}",
+            f"pass integers {' or '.join(map(str, shapes))}, or None.",
+        )
 
 
 def _check_judge(judge: Judge | None, shape: torch.Size) -> None:

@@ -47,7 +47,7 @@ class Draws:
     Attributes:
         estimate: The figure.
         values: Of resamples, float64 `(B,)`.
-        error: Standard error of the mean over seeds, e; 0 for one seed.
+        error: Standard error of the mean over seeds, e; 0 for one seed, NaN if a figure overflows.
         degrees: Of freedom of that error, :math:`\nu`.
     """
 
@@ -107,22 +107,28 @@ class Draws:
         """Of the hypothesis that the expectation is 0, two-sided: at least 2 / (B + 1).
 
         Twice the smaller tail beyond 0, as a count of resamples with one added to it and to B
-        (Davison and Hinkley 1997, eq. 4.11).
+        (Davison and Hinkley 1997, eq. 4.11). Values that are no numbers, as of figures that
+        overflow, count in both tails: they show nothing.
         """
         num = len(self.values)
-        if self.error == 0:
-            tails = [float((self.values <= 0).sum()), float((self.values >= 0).sum())]
-        else:
+        if self._has_seeds:
             below = num * self._share_below(0.0)
             tails = [below, num - below]
+        else:
+            tails = [num - float((side > 0).sum()) for side in (self.values, -self.values)]
         return min(1.0, 2 * (min(tails) + 1) / (num + 1))
+
+    @property
+    def _has_seeds(self) -> bool:
+        """Whether to smooth by seeds: not one alone, nor what is no number."""
+        return self.error > 0 and bool(self.values.isfinite().all())
 
     def _share_below(self, x: float) -> float:
         scaled = (x - self.values.cpu().numpy()) / self.error
         return float(special.stdtr(self.degrees, scaled).mean())
 
     def _quantile(self, share: float) -> float:
-        if self.error == 0:
+        if not self._has_seeds:
             return float(self.values.quantile(self.values.new_tensor(share)))
         # Each resample alone has its quantile here; that of all lies between the outermost two, and
         # a little more, since both functions are rounded.
@@ -157,33 +163,53 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def holm_levels(p_values: Sequence[float], level: float = 0.95) -> list[float]:
-    """The level of each comparison's interval: it then excludes 0 where Holm's test rejects.
+    """The level of each comparison's interval: it excludes 0 wherever Holm's test rejects.
 
     The i-th smallest p-value is tested at `alpha / (m - i)`, and all from the first that is kept
-    at that one's.
+    at that one's. An interval may exclude 0 a little earlier than the test rejects, because p is
+    smoothed (see `Draws.p_value`).
     """
-    alpha, order = 1 - level, _order(p_values)
+    alpha, order, adjusted = 1 - level, _order(p_values), holm(p_values)
     levels, divisor, rejecting = [level] * len(order), len(order), True
     for rank, index in enumerate(order):
         divisor = len(order) - rank if rejecting else divisor
-        rejecting = rejecting and p_values[index] <= alpha / divisor
+        rejecting = rejecting and adjusted[index] <= alpha
         levels[index] = 1 - alpha / divisor
     return levels
 
 
-def verdict(difference: Interval, gap: float | None, larger_is_better: bool = False) -> str:
+def needed_resamples(comparisons: int, level: float = 0.95) -> int:
+    """Resamples without which no p-value of a family can be small enough, `2 m / alpha - 1`.
+
+    Args:
+        comparisons: Of the family, m.
+        level: Of the intervals, 1 - alpha.
+    """
+    return math.ceil(2 * check_integer("comparisons", comparisons, 0) / (1 - level)) - 1
+
+
+def verdict(
+    difference: Interval,
+    p_holm: float,
+    gap: float | None,
+    larger_is_better: bool = False,
+    level: float = 0.95,
+) -> str:
     """What a difference, a method's figure less its rival's, shows.
 
     Args:
-        difference: With its interval.
+        difference: With its interval, of the level that Holm tests it at.
+        p_holm: Its p-value, adjusted.
         gap: How far the rival is from the floor, of any sign; None where there is no floor.
         larger_is_better: Of the figure.
+        level: 1 less what `p_holm` may be.
 
     Returns:
-        `"better"` or `"worse"` where the interval excludes 0; `"matches"` where all of it lies
-        within a tenth of the gap (so that few samples match nothing); else `"not shown"`.
+        `"better"` or `"worse"` where `p_holm` is at most 1 - level; `"matches"` where all of the
+        interval lies within a tenth of the gap (so that few samples match nothing); else
+        `"not shown"`.
     """
-    if difference.low > 0 or difference.high < 0:
+    if p_holm <= 1 - level:  # the interval then excludes 0
         return "better" if (difference.low > 0) == larger_is_better else "worse"
     largest = max(abs(difference.low), abs(difference.high))
     if gap is not None and largest <= TOLERANCE * abs(gap):

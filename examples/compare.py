@@ -3,7 +3,7 @@
 Runs that are done are not redone, so that it may be stopped and started at any time, and several
 processes may share the work (`--workers 2` starts them). Then it prints the tables and draws the
 figures of all that is there; `--report` does only that. `--tune` runs the trials that settings were
-chosen by. docs/benchmark.md has the protocol.
+chosen by, whose steps and budgets are their own. docs/benchmark.md has the protocol.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ class Args:
     """Entrants, see agents/benchmark/entrants.py; default: all that the task has."""
     num_steps: tuple[int, ...] = (1, 2, 4, 3, 6, 8)
     """Numbers of steps."""
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     """Seeds of training."""
     budget: int = 300_000
     """Network-forward equivalents that each training may spend."""
     num_train: int = 6144
-    """Training tasks."""
+    """Training tasks; figures of another number than the default's have files of their own."""
     num_test: int = 2000
     """Test tasks."""
     workers: int = 1
     """Processes, of one thread each."""
     tune: bool = False
-    """Run the trials instead, on validation tasks and for the first of `num_steps`."""
+    """Run the trials instead, on validation tasks."""
     report: bool = False
     """Only write the tables and figures of the runs that are there."""
     results: Path = Path("benchmarks/results")
@@ -61,7 +61,9 @@ def work(args: Args) -> None:
 def open_runs(args: Args) -> Runs:
     """The task's runs, or its trials."""
     task = make_task(args.task, Sizes(train=args.num_train, test=args.num_test), args.teacher)
-    name = f"{args.task}-tuning" if args.tune else args.task
+    if args.num_train != Args.num_train:
+        task = dataclasses.replace(task, name=f"{task.name}-{args.num_train}")
+    name = f"{task.name}-tuning" if args.tune else task.name
     task = task.judged_on_validation() if args.tune else task
     return Runs(task, args.results / f"{name}.jsonl", args.samples / name)
 
@@ -70,7 +72,7 @@ def planned(args: Args, runs: Runs) -> list:
     """The runs that the arguments ask for."""
     methods = args.methods or taking_part(runs.task)
     if args.tune:
-        return plan_trials(methods, args.num_steps[0], args.budget)
+        return plan_trials(methods)
     return plan(methods, args.num_steps, args.seeds, args.budget, args.task)
 
 
@@ -88,6 +90,8 @@ def main(args: Args) -> None:
         work(args)
         for process in others:
             process.join()
+        if any(process.exitcode for process in others):
+            work(args)  # what a process left that was ended from outside
     if args.tune:
         print(tuning_table(runs.read()))
     else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ from redif_env.teacher import Teacher, TeacherBank
 SAMPLE_FILES = (".npy", ".safetensors")
 TENSOR_NAMES = ("samples", "x_0", "teacher_x_0")
 BATCH_SIZE = 256
+LARGEST = 2.0  # of an image in [-1, 1]: samplers of few steps leave it a little
 DEFAULT_TEACHER = "digits"
 
 
@@ -108,7 +110,10 @@ def main(args: Args) -> dict[str, Any]:
     yardstick = make_yardstick(args, tasks)
     num = min(len(yardstick.answers), *(len(d.samples) for ds in drawn.values() for d in ds))
     report = evaluate(
-        {name: make_method(seeds, num, args.reference is None) for name, seeds in drawn.items()},
+        {
+            name: make_method(name, seeds, num, args.reference is None, args.seed)
+            for name, seeds in drawn.items()
+        },
         cut(yardstick, num),
         Features(judge, inception),
         num_resamples=args.num_resamples,
@@ -131,7 +136,9 @@ def parse_methods(texts: Sequence[str]) -> dict[str, list[str]]:
         name, _, paths = text.rpartition("=")
         if not paths or (name or paths) in named:
             raise InvalidArgumentError("methods", text, "name each method once: name=PATH.")
-        named[name or paths] = paths.split(",")
+        named[name or paths] = seeds = paths.split(",")
+        if len({*seeds} - {""}) < len(seeds):  # two of one would pass for a spread of trainings
+            raise InvalidArgumentError("methods", text, "name each seed's path once: PATH,PATH.")
     if not named:
         raise InvalidArgumentError("methods", texts, "pass one at least.")
     return named
@@ -207,13 +214,16 @@ def read_samples(
 ) -> Drawn:
     """Samples of a file or a folder of PNGs.
 
-    Floats are taken as they are: images `(N, C, H, W)` in [-1, 1], or points `(N, F)`. Bytes are
-    images `(N, H, W)` or `(N, H, W, C)`, as PNGs have them. A .safetensors file may also hold
-    `condition`, and the `x_T` of the samples: where that is the bank's, samples are paired with the
-    teacher's answers.
+    Floats are taken as they are: images `(N, C, H, W)` in [-1, 1], of which up to 2 is let pass, or
+    points `(N, F)` of any range. Bytes are images `(N, H, W)` or `(N, H, W, C)`, as PNGs have them.
+    A .safetensors file may also hold `condition`, int64 `(N,)`, and the `x_T` of the samples: where
+    both are the bank's, samples are paired with the teacher's answers.
 
     Raises:
-        InvalidArgumentError: for what is missing, or of another form.
+        InvalidArgumentError: for what is missing, or of another form or range.
+
+    Warns:
+        RuntimeWarning: for images without a number below 0, as of [0, 1].
     """
     try:
         held = _read(path)
@@ -222,10 +232,9 @@ def read_samples(
             "samples", str(path), f"pass a .npy or .safetensors file, or PNGs of a size ({error})."
         ) from error
     samples = as_samples(held["samples"], path).to(device)
-    condition, x_T = held.get("condition"), held.get("x_T")
-    paired = bank is not None and x_T is not None and same_noise(x_T, bank, len(samples))
-    condition = None if condition is None else condition.long().to(device)
-    return Drawn(samples, condition, paired)
+    condition = as_classes(held.get("condition"), len(samples), path)
+    paired = bank is not None and same_tasks(held.get("x_T"), condition, bank, len(samples))
+    return Drawn(samples, None if condition is None else condition.to(device), paired)
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -235,15 +244,18 @@ def _read(path: Path) -> dict[str, Tensor]:
         return {"samples": torch.from_numpy(np.load(path, allow_pickle=False))}
     if path.suffix == ".safetensors":
         held = load_file(path)
-        name = next(name for name in (*TENSOR_NAMES, *held) if name in held)
-        return {**held, "samples": held[name]}
+        others = sorted({*held} - {*TENSOR_NAMES, "condition", "x_T"})
+        known = [name for name in TENSOR_NAMES if name in held]
+        if not known and len(others) != 1:
+            raise ValueError(f"name its tensor 'samples'; it holds {sorted(held)}")
+        return {**held, "samples": held[(known or others)[0]]}
     images = [imread(file) for file in sorted(path.glob("*.png"))]
     return {"samples": torch.from_numpy((np.stack(images) * 255).round().astype(np.uint8))}
 
 
 def as_samples(held: Tensor, path: Path) -> Tensor:
     """Float32 samples, images in [-1, 1], from floats or bytes; transparency is left out."""
-    if held.dtype == torch.uint8 and held.ndim in (3, 4):
+    if held.dtype == torch.uint8 and (held.ndim == 3 or (held.ndim == 4 and held.shape[3] <= 4)):
         images = held.unsqueeze(3) if held.ndim == 3 else held
         colours = images.shape[3] - (images.shape[3] in (2, 4))
         return images[..., :colours].permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -253,13 +265,51 @@ def as_samples(held: Tensor, path: Path) -> Tensor:
             f"{path} with {held.dtype} {tuple(held.shape)}",
             "pass floats in [-1, 1], (N, C, H, W) or (N, F), or bytes (N, H, W, C).",
         )
+    if held.ndim > 2 and held.numel():
+        check_range(held, path)
     return held.float()
 
 
-def same_noise(x_T: Tensor, bank: TeacherBank, num: int) -> bool:
-    """Whether samples started from the first rows of the bank's noise."""
+def check_range(images: Tensor, path: Path) -> None:
+    """Refuse floats of bytes' range, and warn of what seems to be of [0, 1]."""
+    low, high = float(images.min()), float(images.max())
+    if max(-low, high) > LARGEST:
+        raise InvalidArgumentError(
+            "samples",
+            f"{path} with images in [{low:.4g}, {high:.4g}]",
+            "pass floats in [-1, 1] (x / 127.5 - 1 of [0, 255], 2 x - 1 of [0, 1]; clip what "
+            f"leaves [-{LARGEST:g}, {LARGEST:g}]), or bytes (N, H, W, C).",
+        )
+    if low >= 0:
+        text = f"{path}: images in [{low:.4g}, {high:.4g}] are taken as of [-1, 1], not of [0, 1]."
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
+def as_classes(held: Tensor | None, num: int, path: Path) -> Tensor | None:
+    """Classes of samples, int64 `(N,)`, or None."""
+    if held is None:
+        return None
+    if held.shape != (num,) or held.is_floating_point():
+        raise InvalidArgumentError(
+            "condition",
+            f"{path} with {held.dtype} {tuple(held.shape)}",
+            f"pass integers ({num},), a class a sample.",
+        )
+    return held.long()
+
+
+def same_tasks(x_T: Tensor | None, condition: Tensor | None, bank: TeacherBank, num: int) -> bool:
+    """Whether samples started from the first rows of the bank's noise, with its classes if any."""
     num = min(num, len(bank))
-    return x_T.shape[1:] == bank.x_T.shape[1:] and torch.equal(x_T[:num], bank.x_T[:num].cpu())
+    tasks = [(x_T, bank.x_T)]
+    if bank.condition is not None:
+        tasks.append((condition, bank.condition))
+    return all(
+        own is not None
+        and own.shape[1:] == theirs.shape[1:]
+        and torch.equal(own[:num], theirs[:num].cpu())
+        for own, theirs in tasks
+    )
 
 
 def make_yardstick(args: Args, tasks: Tasks | None) -> Yardstick:
@@ -284,12 +334,34 @@ def cut(yardstick: Yardstick, num: int) -> Yardstick:
     return dataclasses.replace(yardstick, answers=yardstick.answers[:num], condition=condition)
 
 
-def make_method(seeds: Sequence[Drawn], num: int, to_teacher: bool) -> Method:
-    """A method of `num` rows; paired if all of its seeds are, and the yardstick is the teacher."""
-    first = seeds[0]
-    condition = None if first.condition is None else first.condition[:num]
-    paired = to_teacher and all(seed.paired for seed in seeds)
-    return Method([seed.samples[:num] for seed in seeds], condition, paired)
+def make_method(
+    name: str, drawn: Sequence[Drawn], num: int, to_teacher: bool, seed: int = 0
+) -> Method:
+    """A method of `num` rows; paired if all of its seeds are, and the yardstick is the teacher.
+
+    Rows that answer no tasks are chosen at random: files often come sorted by class.
+
+    Raises:
+        InvalidArgumentError: where some of the seeds have classes and others have none.
+    """
+    paired = to_teacher and all(each.paired for each in drawn)
+    generator = torch.Generator().manual_seed(seed)
+    samples, classes = [], []
+    for each in drawn:
+        rows = torch.arange(num)
+        if not paired:
+            rows = torch.randperm(len(each.samples), generator=generator)[:num]
+        rows = rows.to(each.samples.device)
+        samples.append(each.samples[rows])
+        if each.condition is not None:
+            classes.append(each.condition[rows])
+    if classes and len(classes) < len(drawn):
+        raise InvalidArgumentError(
+            "methods",
+            f"{name} with classes of {len(classes)} seeds of {len(drawn)}",
+            "pass `condition` in the files of all seeds or of none.",
+        )
+    return Method(samples, torch.stack(classes) if classes else None, paired)
 
 
 def table(report: dict[str, Any]) -> str:

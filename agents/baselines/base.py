@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from redif_env import schedules
 from redif_env.denoiser import Denoiser
@@ -22,6 +23,7 @@ from redif_env.noise import NoiseSchedule, expand
 from redif_env.teacher import Teacher, TeacherBank
 
 from ..averaging import update_average
+from ..smaller import count_flops
 
 FORWARD = 1
 FORWARD_AND_BACKWARD = 3
@@ -33,7 +35,8 @@ class Ledger:
 
     Attributes:
         evaluations: Network-forward equivalents by purpose: 1 a row sent forward, 3 forward and
-            back. Of a discriminator: of its own network, whatever its size.
+            back. Rows of a network of another kind, such as a discriminator's, count by its
+            operations, see `Run.share`.
         updates: Optimiser steps by network.
         seconds: Wall-clock time of training, without the time of `on_iteration`.
     """
@@ -116,6 +119,17 @@ class Run:
     def device(self) -> torch.device:
         """Where the tasks are."""
         return self.bank.x_T.device
+
+    def share(self, network: nn.Module) -> float:
+        """Floating-point operations of a network of samples and classes, in those of the student.
+
+        Counted by `torch.utils.flop_counter`: those of products of matrices and of convolutions.
+        """
+        task = self.bank.take(torch.zeros(1, dtype=torch.long, device=self.device))
+        classes = () if task.condition is None else (task.condition,)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            network(task.teacher_x_0, *classes)
+        return counter.get_total_flops() / max(count_flops(self.student), 1)
 
     def randint(self, high: int, num: int) -> Tensor:
         """Draw int64 `(num,)` in [0, high)."""

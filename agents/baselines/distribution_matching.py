@@ -13,6 +13,7 @@ Gaussian data). Here the samples of the whole few-step sampler are matched, thro
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from torch import Tensor
@@ -62,6 +63,7 @@ class DistributionMatching(Method):
             n_epochs=1,
             seed=run.generator.initial_seed(),
         )
+        self.share = run.share(self.discriminator.network) if self.gan_weight else 0.0
 
     def loss(self, rows: Tensor) -> Tensor:
         run = self.run
@@ -99,8 +101,7 @@ class DistributionMatching(Method):
             before = self.discriminator.network_evaluations
             self.discriminator.update(x_0, tasks.teacher_x_0, tasks.condition)
             run.ledger.updates["discriminator"] += 1
-            asked = self.discriminator.network_evaluations - before
-            run.ledger.evaluations["discriminator"] += asked
+            self._count(self.discriminator.network_evaluations - before)
 
     @torch.no_grad()
     def _gradient(self, x_0: Tensor, condition: Tensor | None) -> Tensor:
@@ -119,8 +120,12 @@ class DistributionMatching(Method):
         """The non-saturating loss: minus the log probability of being taken for the teacher's."""
         critic = self.discriminator
         inputs = (x_0,) if critic.num_classes is None else (x_0, condition)
-        self.run.ledger.evaluations["discriminator"] += FORWARD_AND_BACKWARD * len(x_0)
+        self._count(FORWARD_AND_BACKWARD * len(x_0))
         return F.softplus(-critic.network(*inputs)).mean()
+
+    def _count(self, asked: int) -> None:
+        """Put rows of the discriminator on the ledger."""
+        self.run.ledger.evaluations["discriminator"] += math.ceil(asked * self.share)
 
     def _times(self, num: int) -> Tensor:
         """Random times within `TAU_RANGE`, `(num,)`."""

@@ -82,7 +82,9 @@ class IPNDM(KernelSolver):
     """diffusers' IPNDMScheduler (Liu et al. 2022), on the denoiser's own noise schedule.
 
     On its own it has a fixed schedule of its own, but it takes another one as `trained_betas`: the
-    sigmas of any grid, with alpha^2 + sigma^2 = 1. What it wants of a network is v.
+    sigmas of any grid, with alpha^2 + sigma^2 = 1. What it wants of a network is v. It computes
+    alphas from sigmas; near the last time float32's sigma is 1 and all of alpha is lost, and with
+    it `x_0`, which is divided by it: so it is given the schedule's own.
     """
 
     def set_timesteps(self, num_steps: int, device: str | torch.device = "cpu") -> None:
@@ -91,6 +93,7 @@ class IPNDM(KernelSolver):
         sigmas = self.schedule.sigma(grid).tolist()
         self.inner = diffusers.IPNDMScheduler(trained_betas=sigmas)
         self.inner.set_timesteps(num_steps, device)
+        self.inner.alphas = self.schedule.alpha(grid)
         self.inner.set_begin_index(0)
 
     def step(self, prediction: Tensor, t: Tensor, x_t: Tensor) -> SimpleNamespace:

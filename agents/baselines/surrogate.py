@@ -8,6 +8,8 @@ large latent diffusion model and learns to rank; this one is small, and learns t
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -64,6 +66,7 @@ class Surrogate(Method):
             torch.manual_seed(run.generator.initial_seed())
             network = ProjectionNetwork(run.student.latent_shape, run.student.num_classes)
         self.network = network.to(run.device)
+        self.share = run.share(self.network)
         self.optimizer = torch.optim.Adam(self.network.parameters(), rate)
         self.scale: tuple[Tensor, Tensor] | None = None  # mean and std of the first rewards
 
@@ -100,7 +103,8 @@ class Surrogate(Method):
     def _predict(self, x_0: Tensor, condition: Tensor | None) -> Tensor:
         """What the model takes the blind terms for, `(N,)`; on the ledger with its gradient."""
         assert self.scale is not None
-        self.run.ledger.evaluations["surrogate"] += FORWARD_AND_BACKWARD * len(x_0)
+        asked = math.ceil(FORWARD_AND_BACKWARD * len(x_0) * self.share)
+        self.run.ledger.evaluations["surrogate"] += asked
         mean, std = self.scale
         classes = None if self.network.embedding is None else condition
         return mean + std * self.network(x_0, classes)

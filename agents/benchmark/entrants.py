@@ -2,14 +2,14 @@
 
 Everything that is trained starts from the same weights, on the same tasks, on plain DDIM's searched
 grid, spends the same number of network-forward equivalents, and is averaged alike. `TRIALS` has the
-settings that were tried, as many for each; `CHOSEN` those that were best on validation tasks.
+settings that were tried; `CHOSEN` and its like those that were best on validation tasks.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from redif_env import schedules
 from redif_env.denoiser import Denoiser
 from redif_env.rewards import MMD, Discriminator, Reward
 
-from .. import baselines, reinforcement
+from .. import baselines, presets, reinforcement
 from ..baselines import METHODS, SOLVERS, Ledger, Result
 from .tasks import MIXTURE, Task
 
@@ -26,6 +26,7 @@ SEARCHED = "+search"
 SURROGATE = "surrogate"  # only where the reward has no gradient
 GRID, UNIFORM = "grid", "uniform"  # a setting: not the searched grid
 EMA_DECAY = 0.95
+Settings = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +38,24 @@ class Entrant:
         train: `train(task, grid, budget, seed, **settings)`; None for a solver.
         solver: The solver, for one.
         searched: Whether its grid is searched; a solver's with that solver, else with DDIM.
+        changes: Of ours, to the default recipe, beside a run's settings.
+        fewest: Steps from which on it is another than the one before.
     """
 
     kind: str
     train: Callable[..., Result] | None = None
     solver: str = "ddim"
     searched: bool = True
+    changes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    fewest: int = 1
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """Of ours, all that settings are added to; else nothing. Plain data."""
+        if self.kind != "ours":
+            return {}
+        changes = dict(self.changes)
+        return {**presets.preset(changes.pop("preset", "default")), **changes}
 
 
 def _rival(name: str) -> Entrant:
@@ -68,7 +81,7 @@ def _ours(reward: Callable[[Task], Reward] = lambda task: task.reward, **recipe:
             task, grid, budget, seed, task.start, reward(task), {**recipe, **settings}
         )
 
-    return Entrant("ours", train)
+    return Entrant("ours", train, changes=recipe)
 
 
 def _reinforce(
@@ -92,18 +105,16 @@ def _reinforce(
     )
 
 
-def _warm(first: str) -> Entrant:
-    """Half of the budget each: a rival first, ours from where it ended."""
+def _warm(name: str) -> Entrant:
+    """Half of the budget each: a rival, with settings of its own; ours from where it ended."""
 
-    def train(task: Task, grid: Tensor, budget: int, seed: int, **settings: Any) -> Result:
-        spend = budget // 2
-        warm = ENTRANTS[first].train
-        assert warm is not None
-        settings_of_first = chosen(first, task.name)
-        own = {name: value for name, value in settings_of_first.items() if name != GRID}
-        began = warm(task, grid, spend, seed, **own)
+    def train(
+        task: Task, grid: Tensor, budget: int, seed: int, first: Settings, **settings: Any
+    ) -> Result:
+        rival = ENTRANTS[name].train
+        assert rival is not None
+        began = rival(task, grid, budget // 2, seed, **first)
         left = budget - began.ledger.total
-        settings = {**chosen(OURS, task.name), **settings}
         result = _reinforce(task, grid, left, seed, began.student, task.reward, settings)
         return dataclasses.replace(result, ledger=_added(began.ledger, result.ledger))
 
@@ -116,6 +127,9 @@ def _added(first: Ledger, second: Ledger) -> Ledger:
         first.updates + second.updates,
         first.seconds + second.seconds,
     )
+
+
+ADAPTIVE = {"learned": True, "adaptive": True}
 
 
 def _adaptive(task: Task, grid: Tensor, budget: int, seed: int, **settings: Any) -> Result:
@@ -133,7 +147,7 @@ def _adaptive(task: Task, grid: Tensor, budget: int, seed: int, **settings: Any)
     ]
     spent = denoiser.network_evaluations - before
     saved = float((errors[0].mean() - errors[1].mean()).clamp_min(0))
-    recipe = {"learned": True, "adaptive": True, "step_cost": saved, **settings}
+    recipe = {**ADAPTIVE, "step_cost": saved, **settings}
     result = _reinforce(
         task, _one_more(longer, task), budget, seed, task.start, task.reward, recipe
     )
@@ -158,22 +172,27 @@ def _discriminator(task: Task) -> Reward:
 
 
 OURS = "ours"
+AFTER = f"+{OURS}"
+FIRST = ("output_regression", "trajectory_regression", "progressive")
 GAUSSIAN = f"{OURS}-gaussian"
+# Up to four steps diffusers' takes those of second order.
+FEWEST = {"dpmpp3m": 5}
 ENTRANTS: dict[str, Entrant] = {
-    **{name: Entrant("solver", solver=name, searched=False) for name in SOLVERS},
     **{
-        name + SEARCHED: Entrant("solver", solver=name)
+        name: Entrant("solver", solver=name, searched=False, fewest=FEWEST.get(name, 1))
+        for name in SOLVERS
+    },
+    **{
+        name + SEARCHED: Entrant("solver", solver=name, fewest=FEWEST.get(name, 1))
         for name, solver in SOLVERS.items()
         if solver.any_grid
     },
     **{name: _rival(name) for name in METHODS},
     OURS: _ours(),
-    f"output_regression+{OURS}": _warm("output_regression"),
-    f"trajectory_regression+{OURS}": _warm("trajectory_regression"),
-    f"progressive+{OURS}": _warm("progressive"),
+    **{first + AFTER: _warm(first) for first in FIRST},
     GAUSSIAN: _ours(exploration_noise="gaussian"),
     f"{OURS}-times": _ours(learned=True),
-    f"{OURS}-adaptive": Entrant("ours", _adaptive),
+    f"{OURS}-adaptive": Entrant("ours", _adaptive, changes=ADAPTIVE),
     f"{OURS}-mmd": _ours(_mmd),
     f"{OURS}-discriminator": _ours(_discriminator),
     "grpo": _ours(preset="grpo"),
@@ -200,9 +219,6 @@ def taking_part(task: Task) -> tuple[str, ...]:
     return ("ddim+search", "output_regression", "backprop", *raising)
 
 
-Settings = dict[str, Any]
-
-
 def _rates(*rates: float, **others: Any) -> tuple[Settings, ...]:
     return tuple({**others, "learning_rate": rate} for rate in rates)
 
@@ -212,57 +228,109 @@ def _sizes(*pairs: tuple[float, int], **others: Any) -> tuple[Settings, ...]:
     return tuple({**others, "learning_rate": rate, "batch_size": size} for rate, size in pairs)
 
 
+class Trials(NamedTuple):
+    """Settings that were tried under the same conditions, as many for each method.
+
+    Attributes:
+        num_steps: Of the students.
+        budget: Of each training.
+        settings: Of each method.
+    """
+
+    num_steps: int
+    budget: int
+    settings: dict[str, Sequence[Settings]]
+
+
 # What follows the teacher's trajectory learns worse on a grid that calls noise by another time.
 _UNIFORM: Settings = {"grid": UNIFORM}
+_WALK: Settings = {"teacher_steps": 12}
 _RATES = _rates(1e-4, 2e-4, 5e-4, 1e-3)
 _SIZES = ((5e-4, 128), (5e-4, 64), (2e-4, 64), (2e-4, 32))
-# Eight each, at two steps.
-TRIALS: dict[str, Sequence[Settings]] = {
-    "output_regression": (*_RATES, *_sizes(*_SIZES)),
-    "trajectory_regression": (
-        *_rates(5e-4),
-        *_rates(2e-4, 5e-4, 1e-3, teacher_steps=12),
-        *_sizes(*_SIZES, teacher_steps=12),
+TRIALS = (
+    Trials(
+        2,
+        150_000,
+        {
+            "output_regression": (*_RATES, *_sizes(*_SIZES)),
+            "trajectory_regression": (
+                *_rates(5e-4),
+                *_rates(2e-4, 5e-4, 1e-3, **_WALK),
+                *_sizes(*_SIZES, **_WALK),
+            ),
+            "progressive": (
+                *_rates(2e-4, 5e-4, 1e-3, **_UNIFORM),
+                *_rates(5e-4),
+                *_sizes(*_SIZES, **_UNIFORM),
+            ),
+            "consistency": (
+                *_rates(2e-4, 5e-4, 1e-3, **_UNIFORM),
+                *_rates(5e-4),
+                *_sizes((1e-3, 128), (1e-3, 64), (5e-4, 64), (5e-4, 32), **_UNIFORM),
+            ),
+            "distribution_matching": (
+                *_rates(1e-4, batch_size=64, fake_updates=1),
+                *_rates(5e-5, 1e-4, 2e-4, batch_size=64, fake_updates=2),
+                *_sizes((1e-4, 128), (2e-5, 64), fake_updates=2),
+                *_rates(5e-5, batch_size=64, fake_updates=2, gan_weight=1e-3),
+                *_rates(5e-5, batch_size=64, fake_updates=2, gan_weight=1e-2),
+            ),
+            "backprop": (*_RATES, *_sizes((2e-4, 128), (2e-4, 64), (1e-4, 64), (1e-4, 32))),
+            SURROGATE: (
+                *_rates(2e-4),
+                *_rates(1e-4, 2e-4, surrogate_updates=2),
+                *_rates(2e-4, noise_std=0.3),
+                *_sizes((2e-4, 128), (2e-4, 64), (1e-4, 64), (1e-4, 32)),
+            ),
+            OURS: (
+                *_rates(2e-4, 4e-4),
+                *_sizes((1e-4, 128), (2e-4, 128), (1e-4, 64), (2e-4, 64)),
+                *_sizes((2e-4, 128), n_epochs=2),
+                *_sizes((1e-4, 128), num_envs=256),
+            ),
+        },
     ),
-    "progressive": (
-        *_rates(2e-4, 5e-4, 1e-3, **_UNIFORM),
-        *_rates(5e-4),
-        *_sizes(*_SIZES, **_UNIFORM),
+    # The closest again, since what is best at half of the budget need not be at all of it.
+    Trials(
+        2,
+        300_000,
+        {
+            "trajectory_regression": _sizes((2e-4, 32), (2e-4, 16), (1e-4, 16), **_WALK),
+            "backprop": _sizes((2e-4, 64), (1e-4, 32), (1e-4, 16), (5e-5, 16)),
+            OURS: (*_rates(1e-4, 2e-4), *_sizes((1e-4, 128))),
+        },
     ),
-    "consistency": (
-        *_rates(2e-4, 5e-4, 1e-3, **_UNIFORM),
-        *_rates(5e-4),
-        *_sizes((1e-3, 128), (1e-3, 64), (5e-4, 64), (5e-4, 32), **_UNIFORM),
+    Trials(
+        4,
+        300_000,
+        {
+            "trajectory_regression": (
+                *_sizes((5e-4, 64), (2e-4, 32), (1e-4, 32), (2e-4, 16), **_WALK),
+                *_sizes((2e-4, 32), teacher_steps=24),
+            ),
+            "progressive": _sizes(
+                (5e-4, 64), (5e-4, 32), (2e-4, 32), (1e-4, 32), (2e-4, 16), **_UNIFORM
+            ),
+            "backprop": _sizes((2e-4, 64), (2e-4, 32), (1e-4, 32), (5e-5, 32), (1e-4, 16)),
+            OURS: (
+                *_rates(1e-4, 2e-4),
+                *_rates(1e-4, gap_fraction=0.25),
+                *(setting for n in (1, 2) for setting in _sizes((1e-4, 128), n_epochs=n)),
+            ),
+        },
     ),
-    "distribution_matching": (
-        *_rates(1e-4, batch_size=64, fake_updates=1),
-        *_rates(5e-5, 1e-4, 2e-4, batch_size=64, fake_updates=2),
-        *_sizes((5e-5, 128), (1e-4, 128), (5e-5, 32), (2e-5, 64), fake_updates=2),
-    ),
-    "backprop": (*_RATES, *_sizes((2e-4, 128), (2e-4, 64), (1e-4, 64), (1e-4, 32))),
-    SURROGATE: (
-        *_rates(2e-4),
-        *_rates(1e-4, 2e-4, surrogate_updates=2),
-        *_rates(2e-4, noise_std=0.3),
-        *_sizes((2e-4, 128), (2e-4, 64), (1e-4, 64), (1e-4, 32)),
-    ),
-    OURS: (
-        *_rates(2e-4, 4e-4),
-        *_sizes((1e-4, 128), (2e-4, 128), (1e-4, 64), (2e-4, 64)),
-        *_sizes((2e-4, 128), n_epochs=2),
-        *_sizes((1e-4, 128), num_envs=256),
-    ),
-}
-# The best by paired MSE; of distribution matching, which pairs nothing, by Frechet distance.
+)
+# The best at 2 steps by paired MSE; of distribution matching, which pairs nothing, by Frechet
+# distance.
 CHOSEN: dict[str, Settings] = {
     "output_regression": {"learning_rate": 2e-4, "batch_size": 32},
-    "trajectory_regression": {"teacher_steps": 12, "learning_rate": 2e-4, "batch_size": 32},
-    "progressive": {"grid": UNIFORM, "learning_rate": 2e-4, "batch_size": 32},
-    "consistency": {"grid": UNIFORM, "learning_rate": 1e-3},
+    "trajectory_regression": {**_WALK, "learning_rate": 2e-4, "batch_size": 32},
+    "progressive": {**_UNIFORM, "learning_rate": 2e-4, "batch_size": 32},
+    "consistency": {**_UNIFORM, "learning_rate": 1e-3},
     "distribution_matching": {"batch_size": 64, "fake_updates": 2, "learning_rate": 5e-5},
     "backprop": {"learning_rate": 1e-4, "batch_size": 32},
     OURS: {"learning_rate": 2e-4},
-    f"progressive+{OURS}": {"grid": UNIFORM},
+    f"progressive{AFTER}": _UNIFORM,
     # Those of benchmarks/schedules.py.
     f"{OURS}-adaptive": {
         "trained": "schedule",
@@ -273,8 +341,11 @@ CHOSEN: dict[str, Settings] = {
         "n_epochs": 5,
     },
 }
-
-
+# At 3 steps and more those of the trials at 4.
+CHOSEN_AT_4: dict[str, Settings] = {
+    OURS: {"learning_rate": 1e-4},
+    f"trajectory_regression{AFTER}": {"learning_rate": 5e-5},
+}
 # Of the mixture, whose start is far closer to the teacher, by the same trials.
 CHOSEN_ON: dict[str, dict[str, Settings]] = {
     MIXTURE: {
@@ -283,7 +354,7 @@ CHOSEN_ON: dict[str, dict[str, Settings]] = {
         "progressive": {"learning_rate": 5e-4},
         "consistency": {"learning_rate": 5e-4},
         "backprop": {"learning_rate": 1e-3},
-        f"progressive+{OURS}": {},
+        f"progressive{AFTER}": {},
     }
 }
 
@@ -292,11 +363,15 @@ CHOSEN_ON: dict[str, dict[str, Settings]] = {
 VARIANTS = (GAUSSIAN, f"{OURS}-times", f"{OURS}-mmd", f"{OURS}-discriminator")
 
 
-def chosen(method: str, task: str) -> Settings:
-    """A method's settings on a task."""
-    method = OURS if method in VARIANTS else method
-    own = CHOSEN_ON.get(task, {})
-    return own[method] if method in own else CHOSEN.get(method, {})
+def chosen(method: str, task: str, num_steps: int) -> Settings:
+    """A method's settings on a task; of two in turn those of the first as `first`."""
+    own = {**CHOSEN, **(CHOSEN_AT_4 if num_steps > 2 else {}), **CHOSEN_ON.get(task, {})}
+    if method in VARIANTS:
+        return own[OURS]
+    if not method.endswith(AFTER):
+        return own.get(method, {})
+    first = {k: v for k, v in own[method.removesuffix(AFTER)].items() if k != GRID}
+    return {**own[OURS], **own.get(method, {}), "first": first}
 
 
 def solve(entrant: Entrant, task: Task, num_steps: int) -> Result:

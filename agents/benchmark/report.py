@@ -139,8 +139,20 @@ def _brief(found: Mapping[str, Any], name: str, figure: str) -> str:
     """A figure, with the verdict on `ours` against it."""
     if name not in found["methods"]:
         return ""
-    verdict = _verdicts(found, OURS, name, (figure,))
-    return _short(found["methods"][name][figure]["estimate"]) + (f" {verdict}" if verdict else "")
+    words = [_short(found["methods"][name][figure]["estimate"])]
+    words += [verdict] if (verdict := _verdicts(found, OURS, name, (figure,))) else []
+    return _marked(found, name, " ".join(words))
+
+
+def _marked(found: Mapping[str, Any], name: str, text: str | None = None) -> str:
+    """A method's name, or what is said of it, marked where it was trained once."""
+    text = name if text is None else text
+    return f"{text} (1)" if _of_one_seed(found, name) else text
+
+
+def _of_one_seed(found: Mapping[str, Any], name: str) -> bool:
+    trained = ENTRANTS[name].train is not None
+    return trained and found["methods"][name]["runs"]["seeds"] == 1
 
 
 def summary(found: Mapping[str, Any]) -> str:
@@ -151,7 +163,7 @@ def summary(found: Mapping[str, Any]) -> str:
             words: dict[str, list[str]] = {}
             for row in found["comparisons"]:
                 if row["method"] == name and row["figure"] == figure:
-                    words.setdefault(row["verdict"], []).append(row["rival"])
+                    words.setdefault(row["verdict"], []).append(_marked(found, row["rival"]))
             if words:
                 parts = (f"{word}: {', '.join(words[word])}" for word in sorted(words))
                 lines.append(f"* `{name}`, {TITLES[figure]}. {'. '.join(parts)}.")
@@ -159,13 +171,14 @@ def summary(found: Mapping[str, Any]) -> str:
 
 
 def tuning_table(lines: Sequence[dict[str, Any]]) -> str:
-    """Trials in Markdown, best first, for each method and budget."""
-    rows = ["| method | budget, k | settings | paired MSE | Frechet |", "|---|---|---|---|---|"]
-    order = ("method", "budget", "paired_mse")
+    """Trials in Markdown, best first, for each number of steps, budget and method."""
+    titles = ("method", "steps", "budget, k", "settings", "paired MSE", "Frechet")
+    rows = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    order = ("num_steps", "budget", "method", "paired_mse")
     for line in sorted(lines, key=lambda each: tuple(each[name] for name in order)):
         settings = ", ".join(f"{name} {value}" for name, value in line["settings"].items())
         frechet = f"{line['frechet']:.3f}" if "frechet" in line else "-"
-        about = f"{line['method']} | {line['budget'] / 1000:.0f} | {settings}"
+        about = f"{line['method']} | {line['num_steps']} | {line['budget'] / 1000:.0f} | {settings}"
         rows.append(f"| {about} | {line['paired_mse']:.5f} | {frechet} |")
     return "\n".join(rows)
 
@@ -173,19 +186,18 @@ def tuning_table(lines: Sequence[dict[str, Any]]) -> str:
 def _opening(runs: Runs, compared: Mapping[int, Any]) -> str:
     first = next(iter(compared.values()))
     trained = [
-        own["runs"]["seeds"]
-        for found in compared.values()
-        for name, own in found["methods"].items()
-        if ENTRANTS[name].train is not None
+        _of_one_seed(found, name) for found in compared.values() for name in found["methods"]
     ]
-    warning = " **Rows of one seed: their intervals say nothing of another training.**"
+    warning = (
+        " **(1): of one training, which says nothing of another: a verdict is on this one alone.**"
+    )
     return (
         f"# {runs.task.name}\n\n"
         f"Means over seeds with {first['level']:.0%} intervals; {first['num_samples']} test tasks. "
         "Cost: thousands of network-forward equivalents of training and of searching the grid, "
         "without the teacher's answers, which all share. Seconds: wall clock, one thread."
         " The first table says what `ours` is against each: better, matches, worse, or not shown."
-        + (warning if 1 in trained else "")
+        + (warning if any(trained) else "")
     )
 
 
@@ -268,7 +280,16 @@ def _draw_cost(lines: Sequence[Mapping[str, Any]], compared: Mapping[int, Any], 
     figure = Figure(figsize=(4.2 * len(compared), 4), layout="constrained")
     axes = figure.subplots(1, len(compared), squeeze=False)[0]
     for place, num_steps in zip(axes, compared, strict=True):
-        own = [line for line in lines if line["num_steps"] == num_steps and line["budget"]]
+        settings = {
+            n: each["runs"]["settings"] for n, each in compared[num_steps]["methods"].items()
+        }
+        own = [
+            line
+            for line in lines
+            if line["num_steps"] == num_steps
+            and line["budget"]
+            and line["settings"] == settings.get(line["method"])
+        ]
         for name in dict.fromkeys(line["method"] for line in own):
             points: dict[int, list[Mapping[str, Any]]] = {}
             for line in own:

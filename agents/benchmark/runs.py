@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ class Run:
     @property
     def label(self) -> str:
         """A file's name."""
-        changed = "".join(f"-{name}-{value}" for name, value in sorted(self.settings.items()))
+        changed = "".join(f"-{name}-{value}" for name, value in _flat(self.settings))
         return f"{self.method}-{self.num_steps}-{self.seed}-{self.budget}{changed}"
 
 
@@ -84,19 +84,23 @@ def plan(
     for place, seed in enumerate(seeds):
         for number in steps:
             for name in methods:
+                if number < ENTRANTS[name].fewest:
+                    continue
                 if ENTRANTS[name].train is not None:
-                    runs.append(Run(name, number, seed, budget, chosen(name, task)))
+                    settings = chosen(name, task, number)
+                    runs.append(Run(name, number, seed, budget, settings))
                 elif place == 0:
                     runs.append(Run(name, number, 0, 0))
     return runs
 
 
-def plan_trials(methods: Iterable[str], num_steps: int, budget: int) -> list[Run]:
+def plan_trials(methods: Iterable[str]) -> list[Run]:
     """All trials of the methods that have any."""
     return [
-        Run(name, num_steps, TUNING_SEED, budget, settings)
+        Run(name, trials.num_steps, TUNING_SEED, trials.budget, settings)
+        for trials in TRIALS
         for name in methods
-        for settings in TRIALS.get(_known(name), [])
+        for settings in trials.settings.get(_known(name), ())
     ]
 
 
@@ -124,14 +128,25 @@ class Runs:
         return [json.loads(line) for line in self.lines.read_text().splitlines()]
 
     def find(self, run: Run) -> dict[str, Any] | None:
-        """The line of a run whose resampled figures are there and of this task, or None."""
+        """The line of a run whose resampled figures are there and of this task, or None.
+
+        Training on another number of tasks, or by another recipe, is another run.
+        """
         if not self._is_kept(run):
             return None
-        wanted = {name: getattr(run, name) for name in ("method", "num_steps", "seed", "budget")}
+        wanted = {**dataclasses.asdict(run), "recipe": run.entrant.recipe}
+        if run.entrant.train is not None:
+            wanted["bank"] = self._bank
         for line in self.read():
-            if wanted.items() <= line.items() and line["settings"] == run.settings:
+            if all(line.get(name) == value for name, value in wanted.items()):
                 return line
         return None
+
+    @property
+    def _bank(self) -> int:
+        """Network evaluations behind the teacher's answers for training."""
+        teacher = self.task.teacher
+        return len(self.task.train) * teacher.num_steps * teacher.denoiser.nfe
 
     def drawn(self, run: Run) -> Drawn:
         """A finished run's figures, and those of resamples."""
@@ -203,12 +218,13 @@ class Runs:
         figures = measure(samples, task.yardstick, task.features)
         return {
             **dataclasses.asdict(run),
+            "recipe": run.entrant.recipe,
             "kind": run.entrant.kind,
             "nfe": result.nfe,
             "timesteps": result.timesteps.tolist(),
             **{name: round(value, 6) for name, value in figures.items()},
             "ledger": _costs(result.ledger),
-            "bank": len(task.train) * task.teacher.num_steps * task.teacher.denoiser.nfe,
+            "bank": self._bank,
             "updates": dict(result.ledger.updates),
             "seconds": round(result.ledger.seconds, 1),
             "history": _thinned(result.history),
@@ -246,6 +262,15 @@ def _save(path: Path, tensors: dict[str, Tensor], about: dict[str, str] | None =
         save_file(
             {name: each.cpu().contiguous() for name, each in tensors.items()}, temporary, about
         )
+
+
+def _flat(settings: Mapping[str, Any], above: str = "") -> list[tuple[str, Any]]:
+    """Sorted pairs of names and values, those of settings in settings too."""
+    pairs: list[tuple[str, Any]] = []
+    for name, value in sorted(settings.items()):
+        own = above + name
+        pairs += _flat(value, f"{own}.") if isinstance(value, Mapping) else [(own, value)]
+    return pairs
 
 
 def _known(name: str) -> str:

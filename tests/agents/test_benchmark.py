@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -9,6 +10,7 @@ import shutil
 import pytest
 import torch
 
+from agents import presets
 from agents.benchmark import (
     ENTRANTS,
     OURS,
@@ -120,8 +122,8 @@ def test_only_a_teacher_with_a_null_class_becomes_unconditional(task):
 @pytest.mark.parametrize("name", TRAINED)
 def test_every_trained_entrant_trains_within_its_budget(task, tmp_path, name):
     runs = make_runs(task, tmp_path)
-    settings = entrants_module.CHOSEN.get(name, {})
-    runs.execute([Run(name, 2, 0, BUDGET, settings)])
+    (run,) = plan([name], [2], [0], BUDGET)
+    runs.execute([run])
     (line,) = runs.read()
     spent = sum(line["ledger"].values()) - line["ledger"].get("search", 0)
     # Rivals may exceed it by an iteration of theirs; distribution matching's is the dearest.
@@ -129,7 +131,7 @@ def test_every_trained_entrant_trains_within_its_budget(task, tmp_path, name):
     if name == ADAPTIVE:  # its student is the start
         return
     assert line["updates"]["student"] > 1
-    samples = runs.samples(Run(name, 2, 0, BUDGET, settings))
+    samples = runs.samples(run)
     assert samples.isfinite().all()
     start = schedules.sample(
         task.teacher.denoiser,
@@ -224,20 +226,58 @@ def test_a_run_that_another_process_is_at_is_left_to_it(task, tmp_path):
 
 
 def test_trials_are_as_many_for_every_method():
-    numbers = {len(trials) for trials in entrants_module.TRIALS.values()}
-    assert numbers == {8}
-    assert set(entrants_module.TRIALS) == {*entrants_module.METHODS, OURS}
-    for choice in (entrants_module.CHOSEN, *entrants_module.CHOSEN_ON.values()):
+    first, *again = entrants_module.TRIALS
+    assert {len(trials) for trials in first.settings.values()} == {8}
+    assert set(first.settings) == {*entrants_module.METHODS, OURS}
+    for trials in again:  # of the closest
+        assert all(len(own) >= len(trials.settings[OURS]) for own in trials.settings.values())
+    tried = {2: {}, 4: {}}
+    for trials in entrants_module.TRIALS:
+        for name, own in trials.settings.items():
+            tried[trials.num_steps].setdefault(name, []).extend(own)
+    choices = [(2, entrants_module.CHOSEN), (4, entrants_module.CHOSEN_AT_4)]
+    choices += [(2, choice) for choice in entrants_module.CHOSEN_ON.values()]
+    for num_steps, choice in choices:
         for name, settings in choice.items():
-            if name in entrants_module.TRIALS:
-                assert settings in entrants_module.TRIALS[name]
+            if name in tried[num_steps]:
+                assert settings in tried[num_steps][name]
+    assert len(plan_trials([OURS, "ddim"])) == 8 + 3 + 5
+
+
+def test_settings_are_those_of_the_task_and_of_the_number_of_steps():
     digits, mixture = (
         plan(["consistency", "ddpo"], [2], [0], BUDGET, name) for name in ("digits", "mixture")
     )
     assert "grid" in digits[0].settings
     assert "grid" not in mixture[0].settings
     assert digits[1] == mixture[1]
-    assert len(plan_trials([OURS, "ddim"], 2, BUDGET)) == 8
+    two, three, eight = plan([OURS], [2, 3, 8], [0], BUDGET)
+    assert two.settings == entrants_module.CHOSEN[OURS]
+    assert three.settings == eight.settings == entrants_module.CHOSEN_AT_4[OURS]
+    (warm,) = plan([f"progressive+{OURS}"], [2], [0], BUDGET)
+    assert warm.settings["first"].items() < entrants_module.CHOSEN["progressive"].items()
+    assert warm.settings["learning_rate"] == two.settings["learning_rate"]
+    assert "first.batch_size-32" in warm.label
+
+
+def test_a_solver_that_is_another_one_at_few_steps_takes_no_part_there():
+    planned = plan(["dpmpp2m", "dpmpp3m", "dpmpp3m+search"], [4, 5], [0], BUDGET)
+    assert [run.num_steps for run in planned] == [4, 5, 5, 5]
+
+
+def test_training_on_other_tasks_or_by_another_recipe_is_another_run(task, tmp_path, monkeypatch):
+    runs = make_runs(task, tmp_path)
+    run, solver = Run(OURS, 1, 0, 200, {"num_envs": 16}), Run("ddim", 1, 0, 0)
+    runs.execute([run, solver])
+    assert runs.find(run) is not None
+    fewer = make_runs(dataclasses.replace(task, train=task.train.subset(32)), tmp_path)
+    assert fewer.find(run) is None
+    assert fewer.find(solver) is not None
+    changed = copy.deepcopy(presets.PRESETS)
+    changed["default"]["agent"]["clip_range"] = 0.1
+    monkeypatch.setattr(presets, "PRESETS", changed)
+    assert runs.find(run) is None
+    assert runs.find(solver) is not None
 
 
 @pytest.mark.usefixtures("quick")
@@ -335,6 +375,7 @@ def test_trials_are_listed_best_first_for_each_budget():
     rows = [
         {
             "method": "backprop",
+            "num_steps": 4,
             "settings": {"learning_rate": rate},
             "paired_mse": error,
             "budget": budget,
@@ -342,5 +383,5 @@ def test_trials_are_listed_best_first_for_each_budget():
         for rate, error, budget in ((0.1, 0.5, 1000), (0.2, 0.25, 1000), (0.3, 0.1, 2000))
     ]
     lines = tuning_table(rows).splitlines()
-    assert lines[2].startswith("| backprop | 1 | learning_rate 0.2")
-    assert lines[4].startswith("| backprop | 2 | learning_rate 0.3")
+    assert lines[2].startswith("| backprop | 4 | 1 | learning_rate 0.2")
+    assert lines[4].startswith("| backprop | 4 | 2 | learning_rate 0.3")

@@ -10,7 +10,15 @@ import pytest
 import torch
 from scipy import stats
 
-from agents.intervals import Draws, Interval, holm, holm_levels, resample, verdict
+from agents.intervals import (
+    Draws,
+    Interval,
+    holm,
+    holm_levels,
+    needed_resamples,
+    resample,
+    verdict,
+)
 from redif_env.errors import InvalidArgumentError
 
 
@@ -126,6 +134,20 @@ def test_p_values_by_hand(generator):
     assert p(*[-1.0] * 99) == p(*[1.0] * 99)
 
 
+def test_what_is_no_number_shows_nothing(generator):
+    """A figure that overflows: its resamples less their mean are NaN."""
+    values = torch.randn(2, 200, generator=generator).double()
+    finite = Draws.of(values.mean(1), values)
+    overflowing = torch.full_like(values, math.inf)
+    for seeds in (1, 2):
+        draws = Draws.of(overflowing[:seeds, 0], overflowing[:seeds]) - finite
+        assert draws.p_value() == 1
+        interval = draws.interval()
+        assert math.isnan(interval.low)
+        assert math.isnan(interval.high)
+        assert verdict(interval, draws.p_value(), math.inf) == "not shown"
+
+
 def test_an_interval_excludes_zero_where_p_is_small(generator):
     rows = torch.randn(100, generator=generator).double()
     for shift in torch.linspace(-0.5, 0.5, 21):
@@ -173,22 +195,57 @@ def test_holm_keeps_the_family_wise_error(generator):
 
 
 @pytest.mark.parametrize(
-    ("difference", "gap", "larger", "word"),
+    ("difference", "p_holm", "gap", "larger", "word"),
     [
-        ((-2, -3, -1), 10, False, "better"),
-        ((-2, -3, -1), 10, True, "worse"),
-        ((2, 1, 3), None, True, "better"),
-        ((2, 1, 3), 100, False, "worse"),
-        ((0, -1, 1), 10, False, "matches"),
-        ((0, -1, 1), -10, True, "matches"),
-        ((0, -1, 1.1), 10, False, "not shown"),
-        ((0, -1, 1), None, False, "not shown"),
-        ((0, -1, 1), math.inf, False, "matches"),
-        ((0, 0, 1), 5, False, "not shown"),
+        ((-2, -3, -1), 0.05, 10, False, "better"),
+        ((-2, -3, -1), 0.05, 10, True, "worse"),
+        ((2, 1, 3), 0.01, None, True, "better"),
+        ((2, 1, 3), 0.01, 100, False, "worse"),
+        ((2, 1, 3), 0.051, 10, False, "not shown"),
+        ((2, 1, 3), 0.051, 100, False, "matches"),
+        ((0, -1, 1), 0.9, 10, False, "matches"),
+        ((0, -1, 1), 0.9, -10, True, "matches"),
+        ((0, -1, 1.1), 0.9, 10, False, "not shown"),
+        ((0, -1, 1), 0.9, None, False, "not shown"),
+        ((0, -1, 1), 0.9, math.inf, False, "matches"),
+        ((0, 0, 1), 0.9, 5, False, "not shown"),
     ],
 )
-def test_verdicts(difference, gap, larger, word):
-    assert verdict(Interval(*difference), gap, larger) == word
+def test_verdicts(difference, p_holm, gap, larger, word):
+    assert verdict(Interval(*difference), p_holm, gap, larger) == word
+
+
+def test_verdicts_are_at_the_level_that_is_asked_for():
+    assert verdict(Interval(2, 1, 3), 0.03, None, True, 0.95) == "better"
+    assert verdict(Interval(2, 1, 3), 0.03, None, True, 0.99) == "not shown"
+
+
+@pytest.mark.parametrize("error", [0.0, 0.3])
+def test_what_holm_rejects_has_an_interval_on_one_side(generator, error):
+    """In families near the border, of few and many resamples; and the border is met."""
+    rejected = excluded = 0
+    for num in (99, 100, 399, 1000):
+        for _ in range(40):
+            shifts = 3 + torch.rand(4, generator=generator).double()
+            values = torch.randn(4, num, generator=generator).double() + shifts[:, None]
+            family = [Draws(float(row.mean()), row, error, 4) for row in values]
+            p = [each.p_value() for each in family]
+            for each, p_holm, level in zip(family, holm(p), holm_levels(p), strict=True):
+                interval = each.interval(level)
+                excluded += interval.low > 0
+                if p_holm <= 0.05:
+                    assert interval.low > 0
+                    rejected += 1
+    assert 0.1 < rejected / 640 < 0.9
+    assert excluded > rejected  # so that the interval alone would say more than the test
+
+
+@pytest.mark.parametrize(("comparisons", "level", "needed"), [(1, 0.95, 39), (10, 0.99, 1999)])
+def test_needed_resamples_are_as_few_as_can_show_anything(comparisons, level, needed):
+    assert needed_resamples(comparisons, level) == needed
+    for num, can in ((needed, True), (needed - 1, False)):
+        surest = Draws(1.0, torch.ones(num).double()).p_value()
+        assert (min(holm([surest] * comparisons)) <= 1 - level) is can
 
 
 def coverage(draw, expectation, generator, repeats=400):

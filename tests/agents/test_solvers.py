@@ -91,6 +91,19 @@ def test_ipndm_is_adams_bashforth_of_epsilon(tasks):
     torch.testing.assert_close(x_0, x_t, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("start", [900, 999])
+@torch.no_grad()
+def test_ipndm_of_one_step_is_ddim(start):
+    """Also from the last time, whose alpha (5e-5) is lost next to float32's sigma, 1."""
+    teacher, grid = load_teacher("digits"), torch.tensor([float(start), 0])
+    x_T = teacher.denoiser.initial_noise(3, torch.Generator().manual_seed(0))
+    own, wanted = (
+        baselines.solve(name, teacher, grid).sample(x_T, torch.arange(3))
+        for name in ("ipndm", "ddim")
+    )
+    torch.testing.assert_close(own, wanted, rtol=0, atol=1e-2)  # v is rounded at sigma = 1
+
+
 @pytest.mark.parametrize("name", list(SOLVERS))
 def test_nfe_is_what_the_network_is_asked(tasks, name):
     teacher, x_T, condition = tasks

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from agents.benchmark import runs as benchmark_runs
 from examples import compare
 from redif_env.errors import InvalidArgumentError
 
@@ -29,22 +30,25 @@ def test_a_comparison_runs_and_reports_and_is_not_redone(args, capsys):
     compare.main(args)
     printed = capsys.readouterr().out
     assert "| output_regression |" in printed
-    lines = (args.results / "mixture.jsonl").read_text()
+    lines = (args.results / "mixture-64.jsonl").read_text()
     assert [json.loads(line)["seed"] for line in lines.splitlines()] == [0, 0, 1]
+    assert not (args.results / "mixture.jsonl").exists()  # that of as many tasks as by default
     compare.main(args)
-    assert (args.results / "mixture.jsonl").read_text() == lines
+    assert (args.results / "mixture-64.jsonl").read_text() == lines
     args.report = True
     compare.main(args)
     again = capsys.readouterr().out
-    assert (args.results / "mixture.md").read_text() in again
+    assert (args.results / "mixture-64.md").read_text() in again
 
 
-def test_trials_are_kept_apart_from_results(args, capsys):
-    args.tune, args.methods, args.budget = True, ("output_regression",), 800
+def test_trials_are_kept_apart_from_results(args, capsys, monkeypatch):
+    trials = [each._replace(budget=800) for each in benchmark_runs.TRIALS]
+    monkeypatch.setattr(benchmark_runs, "TRIALS", trials)
+    args.tune, args.methods = True, ("output_regression",)
     compare.main(args)
-    assert len((args.results / "mixture-tuning.jsonl").read_text().splitlines()) == 8
-    assert not (args.results / "mixture.jsonl").exists()
-    assert capsys.readouterr().out.count("| output_regression | 1 | learning_rate") == 8
+    assert len((args.results / "mixture-64-tuning.jsonl").read_text().splitlines()) == 8
+    assert not (args.results / "mixture-64.jsonl").exists()
+    assert capsys.readouterr().out.count("| output_regression | 2 | 1 | learning_rate") == 8
 
 
 def test_an_unknown_method_is_refused_before_anything_is_written(args):
