@@ -5,13 +5,16 @@ Every function takes the agent (`Any`, since `ppo` imports this module) and only
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from redif_env import parallel
+from redif_env import mdp, parallel
 from redif_env.errors import InvalidArgumentError
 from redif_env.schedule_env import ReDiFScheduleVectorEnv
+from redif_env.vector_env import ReDiFVectorEnv
 
 from .divergences import check_divergence
 
@@ -194,4 +197,38 @@ def check_episodes(agent: Any, group_size: int, length: int, reward: Any) -> Non
             True,
             "a group of one pair of opposite noise says nothing about the std (its gradient "
             "cancels): pass group_size >= 4, or antithetic=False.",
+        )
+
+
+def check_wrapped_rewards(env: Any, rewards: Tensor, infos: Mapping[str, Any]) -> None:
+    """Local credit counts the map alone: a wrapper that changes rewards must change it too.
+
+    Args:
+        env: A vector environment that has just taken a step.
+        rewards, infos: What it returned.
+
+    Raises:
+        InvalidArgumentError: if rewards are not the environment's own, but their map is.
+    """
+    base = env.unwrapped
+    if env is base or not isinstance(base, ReDiFVectorEnv):
+        return
+    expected = torch.zeros_like(rewards)
+    if "episode" in infos:
+        assert base.last_state is not None
+        with torch.no_grad():
+            expected, own = mdp.reward(base.process, base.last_state)
+        found = infos.get("reward_map")
+        if found is not None and own is not None and not torch.allclose(found, own):
+            return  # whether the two fit is the wrapper's affair
+        if found is None:
+            raise InvalidArgumentError(
+                "credit", "local", "a wrapper leaves out infos['reward_map']: pass 'global'."
+            )
+    if not torch.allclose(rewards, expected):
+        raise InvalidArgumentError(
+            "credit",
+            "local",
+            f"{type(env).__name__} changes rewards, but not infos['reward_map'], which local "
+            "credit counts alone: pass 'global', or change the map too.",
         )

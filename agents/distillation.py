@@ -25,7 +25,16 @@ from redif_env.teacher import Teacher, TeacherBank
 from . import presets, reinforcement, reporting, resuming, run_folder, smaller
 from .baselines import METHODS, OutputRegression
 from .callbacks import HeldOutEvaluation, ProgressBar
-from .planning import LEARNED, PPO, Options, Plan, check_arguments, make_config, make_options
+from .planning import (
+    LEARNED,
+    PPO,
+    WITH_REWARD,
+    Options,
+    Plan,
+    check_arguments,
+    make_config,
+    make_options,
+)
 from .ppo import ReDiFPPO
 from .reporting import REFERENCE_SEED, Banks, find_judge, versions
 from .run_folder import find_base, last_taken, next_free
@@ -42,7 +51,6 @@ __all__ = [
 ]
 
 SEARCH = "search"
-WITH_REWARD = ("backprop", "surrogate")  # other methods have an aim of their own
 NUM_VALIDATION = 512  # tasks that the grid is searched on, and training is followed
 
 
@@ -174,7 +182,8 @@ def distill(
         device: Where to train; default: the teacher's, or CPU. Of several processes on CUDA each
             takes the device of its local rank.
         out: Folder of the run to write, which must not exist; None writes nothing. The student is a
-            diffusers folder in it, `student/`, or `student.safetensors` for modules of one's own.
+            diffusers folder in it, `student/`, or `student.safetensors` for modules and noise
+            schedules of one's own that diffusers can not sample.
         checkpoint_every: Iterations of PPO between two checkpoints in `out/checkpoints`, of which
             the last two and the best are kept; None writes none. With them, SIGTERM and SIGINT
             finish and save the iteration in progress, and exit with 128 + the signal's number.
@@ -206,6 +215,8 @@ def distill(
     config = make_config(arguments, plan, options, teacher, reward)
     if plan.written is not None and resume:
         resuming.check_same(plan.written, config)
+    if plan.folder is not None:
+        run_folder.check_export(teacher)
     # Everything is made once on the uniform grid, so that bad options meet their errors before the
     # teacher is asked and the grid is searched.
     options.make_model(teacher, num_envs, uniform, learned)

@@ -30,8 +30,9 @@ from redif_env.loading import (
     load_denoiser,
     load_scheduler,
     network_name,
+    noise_schedule,
 )
-from redif_env.noise import FlowSchedule, VESchedule, VPSchedule
+from redif_env.noise import FlowSchedule, NoiseSchedule, VESchedule, VPSchedule
 from redif_env.prompts import INDEX, read_index
 from redif_env.schedules import explicit, min_gap
 from redif_env.untrusted import read_json
@@ -88,6 +89,9 @@ NO_SIGMAS = {
     "use_exponential_sigmas": False,
     "use_beta_sigmas": False,
 }
+# Of a VP student: also what clips the data or takes no list of times.
+PLAIN_VP = {**NO_SIGMAS, "use_lu_lambdas": False, "use_flow_sigmas": False, "thresholding": False}
+MIN_ALPHA_BAR = 2**-24  # where diffusers stops too, to keep sigma / alpha finite
 TABLE_SNIPPET = """\
 # The network is called with embeddings, as by redif_env.load_teacher(..., conditions=...).
 """
@@ -147,11 +151,11 @@ def export_student(
 
     The scheduler is diffusers' DPMSolverMultistep of order 1, which equals DDIM at eta = 0 and,
     unlike diffusers' DDIMScheduler, steps through any list of timesteps; for flow matching it is
-    FlowMatchEulerDiscrete, for EDM EDMEuler.
+    FlowMatchEulerDiscrete, for EDM EDMEuler. Its noise schedule is the student's, whatever the
+    config says.
 
     Args:
-        student: The denoiser; its network must be a diffusers model, or an `EDMNetwork` of one on
-            a `VESchedule`. Adapters are merged.
+        student: The denoiser, of a kind that `can_export` accepts. Adapters are merged.
         timesteps: Its grid, with or without the final 0.
         scheduler_config: Config of the scheduler that the teacher was trained with; not used for
             EDM, where the student knows all of it.
@@ -160,15 +164,17 @@ def export_student(
             encoders) are copied, so that the student is a whole pipeline.
 
     Raises:
-        InvalidArgumentError: if the folder exists, the network is not a diffusers model, or `base`
-            is no pipeline's folder.
+        InvalidArgumentError: if the folder exists, the network is not a diffusers model, diffusers
+            has no scheduler for its noise schedule, `scheduler_config` is no config, or `base` is
+            no pipeline's folder.
     """
     student = _exportable(student)
     if base is not None and not (Path(base) / INDEX).is_file():
         raise InvalidArgumentError("base", str(base), f"pass a folder with a {INDEX}.")
     grid = explicit(timesteps, student.schedule)
+    scheduler = make_scheduler(scheduler_config, student)
     with _appearing(Path(folder)) as temporary:
-        _write_folder(temporary, student, grid, scheduler_config, base)
+        _write_folder(temporary, student, grid, scheduler, base)
     return Path(folder)
 
 
@@ -200,8 +206,9 @@ def export_adaptive(
         raise InvalidArgumentError(
             "head", "a schedule of all samples", "use export_student with head.grid()."
         )
+    scheduler = make_scheduler(scheduler_config, student)
     with _appearing(Path(folder)) as temporary:
-        _write_adaptive(temporary, student, head, scheduler_config)
+        _write_adaptive(temporary, student, head, scheduler)
     return Path(folder)
 
 
@@ -234,15 +241,24 @@ def load_adaptive(folder: str | Path) -> AdaptivePipeline:
 
 
 def can_export(student: Denoiser) -> bool:
-    """Whether a student's network is a diffusers model, which `export_student` needs."""
+    """Whether diffusers has classes for a student's network and for its steps.
+
+    The network must be a diffusers model; on a `VPSchedule`, predicting eps, x_0 or v; on a
+    `FlowSchedule`, predicting flow; or in an `EDMNetwork` on a `VESchedule`.
+    """
+    return _has_diffusers_network(student) and _scheduler_class(student) is not None
+
+
+def _has_diffusers_network(student: Denoiser) -> bool:
     return hasattr(_diffusers_network(student), "save_pretrained")
 
 
 def _exportable(student: Denoiser) -> Denoiser:
-    if not can_export(student):
+    if not _has_diffusers_network(student):
         raise InvalidArgumentError(
             "student", type(student.network).__name__, "only diffusers models can be exported."
         )
+    _find_scheduler_class(student)
     return merge(student)
 
 
@@ -266,12 +282,10 @@ def _appearing(folder: Path) -> Iterator[Path]:
         yield temporary
 
 
-def _write_adaptive(
-    temporary: Path, student: Denoiser, head: ScheduleHead, scheduler_config: Any
-) -> None:
+def _write_adaptive(temporary: Path, student: Denoiser, head: ScheduleHead, scheduler: Any) -> None:
     network: Any = student.network
     network.save_pretrained(temporary / "unet")
-    make_scheduler(scheduler_config, student).save_pretrained(temporary / "scheduler")
+    scheduler.save_pretrained(temporary / "scheduler")
     portable_head(head, student).save_pretrained(temporary / "schedule_head")
     code = Path(portable.__file__).parent
     shutil.copy(code / "head.py", temporary / "schedule_head")
@@ -299,13 +313,13 @@ def _write_folder(
     temporary: Path,
     student: Denoiser,
     grid: Tensor,
-    scheduler_config: Any,
+    scheduler: Any,
     base: str | Path | None,
 ) -> None:
     network = _diffusers_network(student)
     name = network_name(network)
     network.save_pretrained(temporary / name)
-    make_scheduler(scheduler_config, student).save_pretrained(temporary / "scheduler")
+    scheduler.save_pretrained(temporary / "scheduler")
     _write_json(temporary / METADATA, describe_student(student, grid))
     index: dict[str, Any] = {}
     if base is not None:
@@ -359,22 +373,96 @@ def portable_head(head: ScheduleHead, student: Denoiser) -> PortableHead:
 def make_scheduler(
     scheduler_config: Any, student: Denoiser
 ) -> DPMSolverMultistepScheduler | FlowMatchEulerDiscreteScheduler | EDMEulerScheduler:
-    """The stock scheduler that samples the student."""
-    if _is_edm(student):
+    """The stock scheduler that samples the student.
+
+    Raises:
+        InvalidArgumentError: if diffusers has none, or for what is no config of a scheduler.
+    """
+    kind = _find_scheduler_class(student)
+    if kind is EDMEulerScheduler:
         return _make_edm_scheduler(student)
-    if _is_flow(student):
-        # Its Euler step is the kernel; and the student's times are not to be shifted again.
-        plain = {"shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None}
-        return FlowMatchEulerDiscreteScheduler.from_config(scheduler_config, **plain, **NO_SIGMAS)
-    return DPMSolverMultistepScheduler.from_config(
+    if not isinstance(scheduler_config, Mapping):
+        raise InvalidArgumentError(
+            "scheduler_config",
+            scheduler_config,
+            "pass the config of the teacher's scheduler, teacher.make_solver().config.",
+        )
+    try:
+        if kind is FlowMatchEulerDiscreteScheduler:
+            return _make_flow_scheduler(scheduler_config, student.schedule)
+        return _make_vp_scheduler(scheduler_config, student)
+    except Exception as error:  # diffusers raises many kinds for impossible settings
+        raise InvalidArgumentError(
+            "scheduler_config",
+            dict(scheduler_config),
+            f"{kind.__name__} can not be made of it ({error}).",
+        ) from error
+
+
+def _make_flow_scheduler(
+    scheduler_config: Mapping[str, Any], schedule: NoiseSchedule
+) -> FlowMatchEulerDiscreteScheduler:
+    """Euler's method, which is the kernel; the student's times are not to be shifted again."""
+    return FlowMatchEulerDiscreteScheduler.from_config(
         scheduler_config,
-        algorithm_type="dpmsolver++",
-        solver_order=1,
-        final_sigmas_type="zero",
-        prediction_type=student.prediction_type,
-        variance_type=None,  # what networks predict of it is left out
+        num_train_timesteps=schedule.num_train_timesteps,
+        shift=1.0,
+        use_dynamic_shifting=False,
+        shift_terminal=None,
         **NO_SIGMAS,
     )
+
+
+def _make_vp_scheduler(
+    scheduler_config: Mapping[str, Any], student: Denoiser
+) -> DPMSolverMultistepScheduler:
+    """DDIM at eta = 0, with the student's own table where the config means another."""
+    options = {
+        "algorithm_type": "dpmsolver++",
+        "solver_order": 1,
+        "final_sigmas_type": "zero",
+        "prediction_type": student.prediction_type,
+        "variance_type": None,  # what networks predict of it is left out
+        **PLAIN_VP,
+    }
+    solver = DPMSolverMultistepScheduler.from_config(scheduler_config, **options)
+    if _same_table(noise_schedule(solver), student.schedule):
+        return solver
+    table = {
+        "trained_betas": betas_of(student.schedule),
+        "num_train_timesteps": student.schedule.num_train_timesteps,
+        "rescale_betas_zero_snr": False,
+    }
+    return DPMSolverMultistepScheduler.from_config(scheduler_config, **options, **table)
+
+
+def _same_table(ours: NoiseSchedule, theirs: NoiseSchedule) -> bool:
+    if ours.num_train_timesteps != theirs.num_train_timesteps:
+        return False
+    return all(
+        torch.allclose(a, b, rtol=1e-4, atol=0)
+        for a, b in zip(_scales(ours), _scales(theirs), strict=True)
+    )
+
+
+def _scales(schedule: NoiseSchedule) -> tuple[Tensor, Tensor]:
+    """Alpha and sigma at the whole times from 1 on, on the host."""
+    t = torch.arange(1.0, schedule.num_train_timesteps)
+    weight = next(schedule.buffers(), t)  # where its table is
+    return schedule.alpha(t.to(weight.device)).cpu(), schedule.sigma(t.to(weight.device)).cpu()
+
+
+def betas_of(schedule: NoiseSchedule) -> list[float]:
+    r"""Diffusers' betas of a VP schedule, :math:`1 - \bar\alpha_t / \bar\alpha_{t-1}`.
+
+    Time 0 is the data here, but a beta like any other there: half of the first step's is taken.
+    """
+    alpha, sigma = (scale.double() for scale in _scales(schedule))
+    # Whichever scale is small has all of its digits.
+    alpha_bar = torch.where(sigma < alpha, 1 - sigma**2, alpha**2).clamp_min(MIN_ALPHA_BAR)
+    alpha_bar = torch.cat([alpha_bar[:1].sqrt(), alpha_bar])
+    before = torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])
+    return (1 - alpha_bar / before).tolist()
 
 
 def _make_edm_scheduler(student: Denoiser) -> EDMEulerScheduler:
@@ -491,11 +579,33 @@ def _times_name(student: Denoiser) -> str:
     return "sigmas" if _is_flow(student) else "timesteps"
 
 
-def _scheduler_name(student: Denoiser) -> str:
+def _scheduler_class(student: Denoiser) -> type | None:
+    """The stock scheduler whose steps are the kernel's, if there is one."""
+    predicts = student.prediction_type
     if _is_edm(student):
-        return EDMEulerScheduler.__name__
-    kind = FlowMatchEulerDiscreteScheduler if _is_flow(student) else DPMSolverMultistepScheduler
-    return kind.__name__
+        return EDMEulerScheduler if predicts == "sample" else None
+    if _is_flow(student):
+        return FlowMatchEulerDiscreteScheduler if predicts == "flow_prediction" else None
+    if isinstance(student.schedule, VPSchedule) and predicts != "flow_prediction":
+        return DPMSolverMultistepScheduler
+    return None
+
+
+def _find_scheduler_class(student: Denoiser) -> type:
+    kind = _scheduler_class(student)
+    if kind is None:
+        raise InvalidArgumentError(
+            "student",
+            f"{student.prediction_type} on {type(student.schedule).__name__}",
+            "diffusers has no scheduler for it, only for a VPSchedule, for flow_prediction on a "
+            "FlowSchedule, and for an EDMNetwork on a VESchedule: save "
+            "student.network.state_dict() instead.",
+        )
+    return kind
+
+
+def _scheduler_name(student: Denoiser) -> str:
+    return _find_scheduler_class(student).__name__
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from redif_env.transition import Gaussian
-
 RATIOS = ("element", "mean", "sum")
 
 
@@ -54,25 +52,6 @@ def surrogate(
 def clip_fraction(log_ratio: Tensor, clip_range: float) -> Tensor:
     """Share of each row's ratios outside the interval that they are clipped to, `(B,)`."""
     return ((log_ratio.detach().exp() - 1).abs() > clip_range).float().mean(1)
-
-
-def kl_map(mean: Tensor, old: Gaussian, std: Tensor | None = None) -> Tensor:
-    r"""KL(old || new) of each element, `(B, ...)`, without gradient; exact for Gaussians.
-
-    .. math:: \log\frac{\mathrm{std}}{\mathrm{std}_{old}} - \frac12
-        + \frac{\mathrm{std}_{old}^2 + (\mu - \mu_{old})^2}{2\,\mathrm{std}^2}
-
-    Args:
-        mean: Mean of the new Gaussian, `(B, ...)`.
-        old: The Gaussian that was acted with.
-        std: The new Gaussian's std, like `old.std`; None: the same.
-    """
-    mean = mean.detach()
-    if std is None:
-        return (mean - old.mean) ** 2 / (2 * old.std**2)
-    narrowing = old.std / std.detach()
-    shift = (mean - old.mean) ** 2 / (2 * std.detach() ** 2)
-    return shift + (narrowing**2 - 1) / 2 - narrowing.log()
 
 
 def effective_sample_size(log_ratio: Tensor) -> Tensor:

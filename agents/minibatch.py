@@ -12,7 +12,7 @@ from torch import Tensor
 from redif_env import transition
 from redif_env.transition import Gaussian
 
-from . import losses
+from . import divergences, losses
 from .buffers import RolloutBatch
 from .policies import StudentPolicy
 from .sharing import neighbours
@@ -52,6 +52,9 @@ def evaluate_student(
     new_std = None if policy.step_scale is None else std
     x_s = batch.actions[:, : mean[0].numel()].reshape(mean.shape)
     log_ratio_map = transition.log_ratio_map(x_s, mean, batch.old, new_std).flatten(1)
+    with torch.no_grad():
+        moved = Gaussian(mean, batch.old.std if new_std is None else new_std)
+        kl_map = divergences.kl(batch.old, moved)
     reference = None
     if with_reference:
         with torch.no_grad():
@@ -59,7 +62,7 @@ def evaluate_student(
         reference = Gaussian(means, batch.old.std)
     return Evaluation(
         log_ratio=losses.reduce_log_ratio(log_ratio_map, ratio),
-        kl=losses.kl_map(mean, batch.old, new_std).flatten(1).mean(1),
+        kl=kl_map.flatten(1).mean(1),
         error=log_ratio_map.detach().square().mean(1),
         values=None if policy.value_critic is None else policy.values(batch.observations),
         entropy=None if new_std is None else distribution.entropy(),

@@ -25,6 +25,7 @@ from .reporting import versions
 
 LEARNED = "learned"
 PPO = "ppo"
+WITH_REWARD = ("backprop", "surrogate")  # other methods of `METHODS` have an aim of their own
 # Arguments of `distill` that stand in place of a recipe's, by what they are an option of.
 ENV_OPTIONS = ("group_size", "guidance_scale")
 AGENT_OPTIONS = (
@@ -157,7 +158,7 @@ def _refuse_ppo_arguments(method: str, arguments: Mapping[str, Any]) -> None:
     refused = [name for name in arguments if name in own and arguments[name] is not None]
     refused += ["preset"] if arguments["preset"] != "default" else []
     refused += ["schedule"] if arguments["schedule"] == LEARNED else []
-    refused += ["reward"] if method != "backprop" and arguments["reward"] != "mse" else []
+    refused += ["reward"] if method not in WITH_REWARD and arguments["reward"] != "mse" else []
     for name in refused:
         raise InvalidArgumentError(
             name, arguments[name], f"leave it out: {method} has no use of it."

@@ -157,8 +157,7 @@ class StudentPolicy(ActorCriticPolicy):
     ) -> None:
         if use_sde:
             raise InvalidArgumentError("use_sde", use_sde, "pass False: the kernel explores.")
-        self.eta = check_number("eta", eta, 0, 1)
-        self.min_std = check_number("min_std", min_std, 1e-6)
+        self.set_exploration(eta, min_std)
         self.exploration_mean = check_choice(
             "exploration_mean", exploration_mean, EXPLORATION_MEANS
         )
@@ -422,6 +421,11 @@ class StudentPolicy(ActorCriticPolicy):
         """As of any module, from whole weights where processes share them out."""
         parts = sharding.parts_of(state_dict, self) if self.sharded else state_dict
         return super().load_state_dict(parts, *args, **kwargs)
+
+    def set_exploration(self, eta: float, min_std: float) -> None:
+        """Explore with this noise factor and smallest std from now on; errors name them."""
+        self.eta = check_number("eta", eta, 0, 1)
+        self.min_std = check_number("min_std", min_std, 1e-6)
 
     def set_batch_size(self, batch_size: int | None) -> None:
         """Send at most so many rows through a network at once, see `Denoiser`; None: all."""

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from gymnasium import spaces
 from gymnasium.vector import VectorEnv
+from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
@@ -54,18 +55,21 @@ from .vec_env import TorchVecEnv
 __all__ = ["GAP_FRACTION", "RatioError", "ReDiFPPO", "TrainingDivergedError"]
 
 Answer = TypeVar("Answer")
+CHECKS = (OrderEnforcing, PassiveEnvChecker)  # what `gymnasium.make` adds: they change nothing
 
 
 class ReDiFPPO(PPO):
     """PPO for denoising.
 
-    On a `TorchVecEnv` rollouts and updates stay on the device. On any other environment this is
-    Stable-Baselines3's PPO, with `ratio="sum"` and `advantage="gae"`.
+    On a `TorchVecEnv` rollouts and updates stay on the device. On any other environment, and with
+    any other policy than `StudentPolicy`, this is Stable-Baselines3's PPO, with `ratio="sum"` and
+    `advantage="gae"`.
 
     Args:
         policy: `"StudentPolicy"` or `StudentPolicy`, or any other Stable-Baselines3 policy.
-        env: A `TorchVecEnv`, a Gymnasium vector environment (it is wrapped), or anything that
-            Stable-Baselines3 takes.
+        env: A `TorchVecEnv`, a Gymnasium vector environment or a `ReDiFEnv` (made one), or anything
+            that Stable-Baselines3 takes. A `ReDiFEnv` in wrappers of one's own is one of the last
+            kind: they see numpy.
         learning_rate: Number, or function of the progress that remains (1 to 0).
         n_steps: Steps of a rollout; default: one whole episode.
         batch_size: Transitions of a minibatch.
@@ -84,7 +88,9 @@ class ReDiFPPO(PPO):
             a running mean of the task; `"gae"`: to a critic, which predicts a map of values with
             local credit (element-wise GAE).
         credit: `"local"`: each element is credited with the reward of its own place, from the
-            reward's map; `"global"`: all with the whole reward.
+            reward's map; `"global"`: all with the whole reward. Default: `"local"` with
+            `ratio="element"`, else `"global"`. Wrappers that change rewards need `"global"`, or
+            change the map too.
         local_weight: Share of local credit in the mixture with global credit, in [0, 1].
         local_radius: Elements around its own place whose reward an element is credited with.
         advantage_clip: Largest size of a normalised advantage; None does not clip.
@@ -95,8 +101,8 @@ class ReDiFPPO(PPO):
         step_weights: Weight of each step's loss; default: 1 each.
         antithetic: Whether neighbours in a group explore with opposite noise, which cancels the
             even orders of the reward's change. Needs groups of even size. Default: with groups.
-        eta: Noise factor while exploring; number or function of the remaining progress.
-        min_std: Smallest exploration std, in latent units; likewise.
+        eta: Noise factor while exploring, in [0, 1]; number or function of the remaining progress.
+        min_std: Smallest exploration std, in latent units, above 0; likewise.
         gap_fraction: Explore with at least this share of the gap, the root-mean-square distance of
             the last rollout's samples (of their group's mean) from the teacher's: exploration
             shrinks as the student learns. `min_std` stays the floor. None: no such rule;
@@ -130,7 +136,9 @@ class ReDiFPPO(PPO):
             it is measured on a few tasks without noise.
 
     Raises:
-        InvalidArgumentError: for options that do not go together, at construction.
+        InvalidArgumentError: for options that do not go together, at construction; from `learn`,
+            for a function of the progress that leaves its range, and for a wrapper that changes
+            rewards under local credit.
         RatioError: from `learn`, if the first update does not start at ratio 1.
         TrainingDivergedError: from `learn`, after three updates in a row without a finite loss.
     """
@@ -156,7 +164,7 @@ class ReDiFPPO(PPO):
         *,
         ratio: str = "element",
         advantage: str = "group",
-        credit: str = "local",
+        credit: str | None = None,
         local_weight: float = 1.0,
         local_radius: int = 0,
         advantage_clip: float | None = None,
@@ -192,7 +200,8 @@ class ReDiFPPO(PPO):
             stochastic_steps = "one" if grouped else "all"
         self.ratio: str = check("ratio", ratio)
         self.advantage: str = check("advantage", advantage)
-        self.credit: str = check("credit", credit)
+        default = "local" if ratio == "element" else "global"
+        self.credit: str = check("credit", default if credit is None else credit)
         self.local_weight: float = check("local_weight", local_weight)
         self.local_radius: int = check("local_radius", local_radius)
         self.advantage_clip: float | None = check("advantage_clip", advantage_clip)
@@ -291,6 +300,7 @@ class ReDiFPPO(PPO):
         self._explored_step: Tensor
         self._turns: Turns
         self._choices = ChoiceRollout(0)
+        self._checked_env: Any = None
         self._row: Tensor
         self._start: list[Tensor] = []
 
@@ -308,8 +318,11 @@ class ReDiFPPO(PPO):
     @staticmethod
     def _wrap_env(env: Any, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
         """As Stable-Baselines3, and Gymnasium vector environments and `ReDiFEnv` as tensors."""
-        if isinstance(getattr(env, "unwrapped", None), ReDiFEnv):
-            env = env.unwrapped.vector_env
+        bare = env
+        while type(bare) in CHECKS:
+            bare = bare.env
+        if isinstance(bare, ReDiFEnv):
+            env = bare.vector_env
         if isinstance(env, VectorEnv):
             return TorchVecEnv(env)
         return PPO._wrap_env(env, verbose, monitor_wrapper)
@@ -440,6 +453,8 @@ class ReDiFPPO(PPO):
                     # Out of time is not the end: what would have followed counts, as in SB3.
                     beyond = self.policy.predict_values(infos["final_obs"]).flatten()
                     rewards = rewards + self.gamma * torch.where(env.truncated, beyond, 0.0)
+            if self.trains_student and self.credit == "local" and self._checked_env is not env:
+                compatibility.check_wrapped_rewards(env.env, rewards, infos)
             dones = HostView(ended)
             self.num_timesteps += env.num_envs * parallel.world_size()
             callback.update_locals(locals())
@@ -463,6 +478,7 @@ class ReDiFPPO(PPO):
             self._add_outcome(rollout_buffer, infos)
             running = None if running is None else running & ~ended
             self._last_episode_starts = ended  # type: ignore[assignment]
+        self._checked_env = env  # one rollout says it, and later ones wait for no device
         with torch.no_grad():
             last_values = self._values(self._last_obs)
         rollout_buffer.compute_returns_and_advantage(last_values, ended)
@@ -749,16 +765,16 @@ class ReDiFPPO(PPO):
 
     def _set_exploration(self) -> None:
         if isinstance(self.policy, StudentPolicy):
-            self.policy.eta = at(self.eta, self._current_progress_remaining)
-            min_std = at(self.min_std, self._current_progress_remaining)
+            eta = at(self.eta, self._current_progress_remaining)
+            self.policy.set_exploration(eta, at(self.min_std, self._current_progress_remaining))
             if self.gap_fraction is not None:
                 if self._gap is None and not self.gap:
                     state = self.env.env.unwrapped.state  # type: ignore[union-attr]
                     self._gap = exploration.gap_without_noise(self.policy, state)
                 if self._gap is not None:
                     self.gap = float(self._gap)
-                min_std = max(min_std, self.gap_fraction * self.gap)
-            self.policy.min_std = min_std
+                least = self.policy.min_std
+                self.policy.min_std = max(least, self.gap_fraction * self.gap)
 
     def _act(
         self,
@@ -910,5 +926,6 @@ class ReDiFPPO(PPO):
             "_gap",
             "_error",
             "_choices",
+            "_checked_env",
             "_row",
         ]

@@ -18,7 +18,7 @@ from redif_env.files import write_json
 from redif_env.prompts import INDEX
 from redif_env.teacher import Teacher, TeacherBank
 
-from .export import can_export, export_student
+from .export import can_export, export_student, make_scheduler
 from .lora import merge
 from .pictures import save_samples
 from .resuming import RunFolderError
@@ -67,9 +67,19 @@ def find_base(teacher: Teacher) -> Path | None:
     return folder if (folder / INDEX).is_file() else None
 
 
+def check_export(teacher: Teacher) -> None:
+    """Refuse, before training, a solver's config that `write_student` could not use after it.
+
+    Raises:
+        InvalidArgumentError: for such a config.
+    """
+    if can_export(teacher.denoiser):
+        make_scheduler(teacher.make_solver().config, teacher.denoiser)
+
+
 def write_student(folder: Path, student: Denoiser, timesteps: Tensor, teacher: Teacher) -> None:
-    """A diffusers folder, `student/`, or `student.safetensors` for a module of one's own."""
-    if not can_export(student):  # its code is not ours to write
+    """A diffusers folder, `student/`, or `student.safetensors` of what diffusers can not load."""
+    if not can_export(student):
         save_model(merge(student).network, str(folder / "student.safetensors"))
         return
     shutil.rmtree(folder / "student", ignore_errors=True)  # of a run that was resumed

@@ -53,7 +53,7 @@ class Args:
     gap_fraction: float | None = None
     """Exploration std as a share of the distance to the teacher; 0 explores with min_std."""
     lora_rank: int | None = None
-    """Train adapters of this rank in place of all weights; needs pip install redif[lora]."""
+    """Train adapters of this rank in place of all weights; needs pip install -e ".[lora]"."""
     lora_targets: tuple[str, ...] | None = None
     """Names that the adapted layers end in, such as to_q to_v; default: agents.lora's."""
     precision: str | None = None

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from packaging.requirements import Requirement
 
-from .errors import InvalidArgumentError, ReDiFError, check_integer
+from .errors import InvalidArgumentError, ReDiFError, check_integer, install_command
 from .loading import load_teacher
 from .memory import GB, Estimate, activations_of, estimate
 from .teacher import CACHE_VARIABLE, Teacher, cache_folder
@@ -103,7 +103,7 @@ def report_extras() -> Iterator[str]:
     yield "\nextras"
     for extra in extras():
         missing = [str(need) for need in requirements(extra) if not _meets(need)]
-        remedy = f"missing {', '.join(missing)}: pip install {PACKAGE}[{extra}]"
+        remedy = f"missing {', '.join(missing)}: {install_command(extra)}"
         yield _row(extra, remedy if missing else "complete")
 
 

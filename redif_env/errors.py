@@ -77,7 +77,13 @@ class MissingExtraError(ReDiFError, ImportError):
     """
 
     def __init__(self, package: str, extra: str) -> None:
-        super().__init__(f"{package} is not installed: pip install redif[{extra}]")
+        super().__init__(f"{package} is not installed: {install_command(extra)}")
+
+
+def install_command(extra: str) -> str:
+    """How an extra of `redif` is installed: from a checkout, for no index has it yet."""
+    checkout = f"pip install -e '.[{extra}]' in ReDiF's folder"
+    return f"{checkout}, or pip install redif[{extra}] from an index"
 
 
 def require(package: str, extra: str) -> ModuleType:

@@ -47,7 +47,8 @@ class Reward(ABC):
     The reward of a row is a function of that row: the same whatever else is in the batch (unless
     `over_batch`), and the same at every call, with no random numbers. Arguments are not changed.
 
-    Rewards add and scale: `0.5 * MSE() + SSIM()` is a reward. A reward that is a mean over places
+    Rewards add, subtract and scale: `0.5 * MSE() + SSIM() - PSNR() / 100` is a reward, and so is
+    `sum` of several. A reward that is a mean over places
     may return its map, which local credit needs: see `MapReward`.
 
     Attributes:
@@ -155,11 +156,28 @@ class Reward(ABC):
             raise InvalidArgumentError("reward", other, "add rewards to rewards only.")
         return WeightedSum([*weighted_terms(self), *weighted_terms(other)])
 
+    def __radd__(self, other: object) -> Reward:
+        if isinstance(other, int) and other == 0:  # where `sum` starts
+            return self
+        raise InvalidArgumentError("reward", other, "add rewards to rewards only.")
+
+    def __sub__(self, other: Reward) -> Reward:
+        return self + (-other if isinstance(other, Reward) else other)
+
+    def __neg__(self) -> Reward:
+        return -1 * self
+
     def __mul__(self, weight: float) -> Reward:
-        weight = check_number("weight", weight, minimum=float("-1e30"))
+        weight = _check_weight(weight)
         return WeightedSum([(weight * inner, term) for inner, term in weighted_terms(self)])
 
     __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> Reward:
+        divisor = _check_weight(divisor)
+        if divisor == 0:
+            raise InvalidArgumentError("weight", divisor, "divide by another number than 0.")
+        return self * (1 / divisor)
 
 
 class MapReward(Reward):
@@ -230,6 +248,11 @@ class WeightedSum(Reward):
 def weighted_terms(reward: Reward) -> list[tuple[float, Reward]]:
     """Weights and terms of a sum; a reward that is no sum is its own only term."""
     return reward.terms if isinstance(reward, WeightedSum) else [(1.0, reward)]
+
+
+def _check_weight(weight: object) -> float:
+    """A weight may be negative; the same by hand and by name."""
+    return check_number("weight", weight, minimum=-1e30)
 
 
 def _unused(name: str, names: Mapping[str, Tensor]) -> str:
@@ -336,12 +359,22 @@ _REGISTRY: dict[str, Callable[[], Reward]] = {}
 
 
 def register_reward(name: str, make: Callable[[], Reward]) -> None:
-    """Make `name` usable wherever a reward is given as a string."""
+    """Make `name` usable wherever a reward is given as a string.
+
+    Raises:
+        InvalidArgumentError: for a name that a sum by name could not hold.
+    """
+    if not isinstance(name, str) or not name or name != name.strip() or {"+", "*"} & {*name}:
+        raise InvalidArgumentError(
+            "name", name, "pass a name without + and *, and without spaces around it."
+        )
     _REGISTRY[name] = make
 
 
 def make_reward(reward: str | Reward) -> Reward:
     """A reward from its name or from a sum such as `"mse + 0.5*ssim"`; a reward is returned as is.
+
+    To subtract, add with a negative weight: `"mse + -0.5*ssim"`.
 
     Raises:
         InvalidArgumentError: for a name that is not registered or a weight that is not a number.
@@ -359,4 +392,4 @@ def _parse_term(term: str) -> tuple[float, Reward]:
     if name.strip() not in _REGISTRY:
         names = ", ".join(map(repr, sorted(_REGISTRY)))
         raise InvalidArgumentError("reward", term.strip(), f"the rewards are {names}.")
-    return check_number("weight", weight or 1.0), _REGISTRY[name.strip()]()
+    return _check_weight(weight or 1.0), _REGISTRY[name.strip()]()

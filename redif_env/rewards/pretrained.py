@@ -30,7 +30,7 @@ class Encoder(Reward):
         local_files_only: Whether to look in the folder or the local cache only; False downloads.
 
     Raises:
-        MissingExtraError: without transformers: `pip install redif[transformers]`.
+        MissingExtraError: without transformers, the extra `transformers`.
         RewardModelError: if the source is missing, damaged, or of another kind.
         InvalidArgumentError: when scoring, for samples that are not images of 1 or 3 channels.
     """
@@ -88,10 +88,10 @@ class CLIPCosine(Encoder):
 class PerceptionEncoderCosine(Encoder):
     """Cosine between image embeddings of the Perception Encoder (Bolya et al. 2025); 1 for a copy.
 
-    transformers runs these models through timm (`pip install redif[timm]`, which brings
-    torchvision): the embedding is the output of the projection head, which its class calls logits.
-    By default of `timm/vit_pe_core_small_patch16_384.fb`; any folder of image classification will
-    do, and then compares logits.
+    transformers runs these models through timm (the extra `timm`, which brings torchvision): the
+    embedding is the output of the projection head, which its class calls logits. By default of
+    `timm/vit_pe_core_small_patch16_384.fb`; any folder of image classification will do, and then
+    compares logits.
     """
 
     name = "perception_encoder"

@@ -13,6 +13,7 @@ from small_world import ITERATION, STOCK, Keeps
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from torch import Tensor
+from torch.distributions import Normal, kl_divergence
 
 from agents import ReDiFPPO, diagnostics
 from agents.alarm import RewardHackingAlarm
@@ -99,6 +100,24 @@ def test_the_mean_of_the_steps_is_the_mean_of_all(make_model):
         steps = [logged[f"train/{name}_step_{step}"] for step in range(STEPS)]
         assert sum(steps) / STEPS == pytest.approx(logged[f"train/{name}"], rel=1e-4)
         assert len(set(steps)) == STEPS
+
+
+@pytest.mark.parametrize("learn_std", [False, True])
+def test_the_kl_is_torchs_from_the_old_steps_to_the_new(make_model, learn_std):
+    """Both ways round differ where the std is learned; no gradient flows."""
+    options = {"stochastic_steps": "all", "antithetic": False, "learning_rate": 1e-2}
+    model = make_model(policy_kwargs={"learn_std": learn_std}, **options).learn(ITERATION)
+    batch = next(model.rollout_buffer.get(ITERATION))
+    new = model._evaluate(batch)
+    assert new.log_ratio.requires_grad
+    assert not new.kl.requires_grad
+    std = new.gaussian.std if learn_std else batch.old.std
+    old_steps, new_steps = Normal(*batch.old), Normal(new.gaussian.mean.detach(), std.detach())
+    expected = kl_divergence(old_steps, new_steps).flatten(1).mean(1)
+    torch.testing.assert_close(new.kl, expected, rtol=1e-3, atol=1e-6)
+    if learn_std:  # negative control
+        reverse = kl_divergence(new_steps, old_steps).flatten(1).mean(1)
+        assert (reverse / expected - 1).abs().max() > 0.01
 
 
 def test_drift_by_hand():

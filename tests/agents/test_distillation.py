@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_model
 from stable_baselines3.common.callbacks import BaseCallback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_models import pixel_unet
 
 from agents import distill, distillation
 from agents.distillation import find_judge, last_taken, next_free, versions
@@ -19,6 +20,7 @@ from agents.evaluation import compare
 from redif_env import Denoiser, KernelSolver, schedules
 from redif_env.errors import InvalidArgumentError, TeacherFolderError
 from redif_env.loading import load_denoiser, load_teacher
+from redif_env.noise import SDESchedule, VPSchedule
 from redif_env.rewards import MSE, PSNR
 from redif_env.teacher import Teacher, TeacherBank
 
@@ -376,6 +378,7 @@ def test_learned_times_start_at_the_searched_grid_and_are_exported(tmp_path):
     assert result.report["ledger"]["search"] > 0
 
 
+BLIND = "mse + 0.1*compressed_size"
 METHOD = {
     "method": "progressive",
     "num_steps": 1,
@@ -432,6 +435,22 @@ def test_what_another_method_can_not_use_is_refused(tmp_path, name, value):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_surrogate_is_trained_on_a_reward_that_needs_one():
+    result = distill(new_teacher(), **{**METHOD, "method": "surrogate"}, reward=BLIND)
+    assert result.report["method"] == "surrogate"
+    ledger = result.report["ledger"]
+    assert ledger["update"] > 0
+    start = weights(new_teacher().denoiser)
+    assert (weights(result.student) - start).abs().max() > 0
+
+
+@pytest.mark.parametrize(("method", "reward"), [("surrogate", "mse"), ("backprop", BLIND)])
+def test_a_reward_of_the_wrong_kind_for_a_method_is_refused(method, reward):
+    with pytest.raises(InvalidArgumentError, match="reward=") as caught:
+        distill(new_teacher(), **{**METHOD, "method": method}, reward=reward)
+    assert caught.value.argument == "reward"
+
+
 class Affine(torch.nn.Module):
     """A network of points that diffusers knows nothing of."""
 
@@ -457,3 +476,33 @@ def test_a_module_of_ones_own_leaves_its_weights_in_the_folder(tmp_path):
     for name, weight in result.student.network.state_dict().items():
         assert torch.equal(network.state_dict()[name], weight)
         assert not torch.equal(denoiser.network.state_dict()[name], weight)
+
+
+def teacher_on(schedule, config=None) -> Teacher:
+    """A diffusers network on a noise schedule of one's own."""
+    denoiser = Denoiser(pixel_unet(), schedule, "v_prediction", (3, 8, 8))
+
+    def solver():
+        made = KernelSolver(denoiser)
+        made.config |= config or {}
+        return made
+
+    return Teacher(denoiser, solver, 5)
+
+
+def test_a_network_of_diffusers_on_another_schedule_leaves_its_weights(tmp_path):
+    """Diffusers has no scheduler for it: a folder would sample something else."""
+    out = tmp_path / "run"
+    result = distill(teacher_on(SDESchedule()), **SMALL, out=out)
+    assert not (out / "student").exists()
+    network = pixel_unet()
+    assert load_model(network, out / "student.safetensors") == (set(), [])
+    trained = result.student.network.state_dict()
+    assert all(torch.equal(weight, trained[name]) for name, weight in network.state_dict().items())
+
+
+def test_a_solver_that_can_not_be_exported_is_refused_before_training(tmp_path):
+    teacher = teacher_on(VPSchedule(torch.linspace(0.999, 0.01, 1000)), {"beta_schedule": "mine"})
+    with pytest.raises(InvalidArgumentError, match="scheduler_config="):
+        distill(teacher, **SMALL, out=tmp_path / "run")
+    assert not list(tmp_path.iterdir())

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EDMDPMSolverMultistepScheduler,
@@ -29,7 +30,7 @@ from redif_env import mdp, schedules
 from redif_env.denoiser import Denoiser
 from redif_env.errors import InvalidArgumentError
 from redif_env.loading import build_denoiser, find_folder, load_denoiser, load_scheduler
-from redif_env.noise import FlowSchedule
+from redif_env.noise import FlowSchedule, SDESchedule, VESchedule, VPSchedule
 
 GRIDS = [
     (850.0,),
@@ -198,6 +199,94 @@ def test_a_scheduler_of_second_order_is_not_ddim():
     assert (x - expected_samples(student, grid, labels)).abs().max() > 0.01
 
 
+def make_vp_student(schedule, predicts="v_prediction") -> Denoiser:
+    """A diffusers network on a noise schedule that no config told it of."""
+    return Denoiser(make_unconditional_student().network, schedule, predicts, (2, 4, 4)).eval()
+
+
+COSINE = DDIMScheduler(beta_schedule="squaredcos_cap_v2")
+ZERO_SNR = DDIMScheduler(rescale_betas_zero_snr=True).alphas_cumprod.clone()
+OTHER_TABLES = {
+    "a stock schedule": COSINE.alphas_cumprod,
+    "of another length": torch.linspace(0.9999, 0.97, 600).cumprod(0),
+    "in float64, and steep": torch.linspace(0.999, 0.9, 1000, dtype=torch.float64).cumprod(0),
+    "that ends at 0": ZERO_SNR.index_fill(0, torch.tensor([999]), 0.0),
+}
+CONFIGS = {
+    "of one's own solver": {"num_train_timesteps": 1000, "prediction_type": "v_prediction"},
+    "of another schedule": DDIMScheduler(beta_schedule="scaled_linear").config,
+    "with clipped data": DDIMScheduler(thresholding=True, rescale_betas_zero_snr=True).config,
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("table", OTHER_TABLES.values(), ids=OTHER_TABLES)
+def test_the_noise_schedule_is_the_students_whatever_the_config_says(tmp_path, table, config):
+    student = make_vp_student(VPSchedule(table))
+    last = len(table) - 1
+    grid = (float(last), last // 2, 60.0, 1.0)
+    folder = export_student(student, grid, config, tmp_path / "student")
+    x = sample_stock(folder)
+    torch.testing.assert_close(x, expected_samples(student, grid, None), rtol=1e-3, atol=1e-3)
+    # and what is loaded again has it too, but for an alpha of 0, which is 2^-12 in diffusers
+    again = load_denoiser(folder).schedule
+    t = torch.arange(last + 1.0)
+    torch.testing.assert_close(again.alpha(t), student.schedule.alpha(t), rtol=1e-4, atol=2.5e-4)
+    torch.testing.assert_close(again.sigma(t), student.schedule.sigma(t), rtol=1e-3, atol=1e-7)
+    # negative control: the schedule that the config means is another
+    linear = VPSchedule(DDIMScheduler(num_train_timesteps=len(table)).alphas_cumprod)
+    assert (linear.alpha(t) - student.schedule.alpha(t)).abs().max() > 1e-3
+
+
+def sample_stock(folder: Path) -> torch.Tensor:
+    """What `lines_of` compute, with diffusers alone, in this process."""
+    network = UNet2DModel.from_pretrained(folder / "unet")
+    solver = DPMSolverMultistepScheduler.from_pretrained(folder / "scheduler")
+    solver.set_timesteps(timesteps=json.loads((folder / "redif.json").read_text())["timesteps"])
+    x = torch.randn(10, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    for t in solver.timesteps:
+        with torch.no_grad():
+            x = solver.step(network(x, t).sample, t, x).prev_sample
+    return x
+
+
+def test_a_config_of_the_students_own_schedule_is_written_as_it_is():
+    student = make_vp_student(VPSchedule(COSINE.alphas_cumprod))
+    assert make_scheduler(COSINE.config, student).config.trained_betas is None
+    assert make_scheduler(DDIMScheduler().config, student).config.trained_betas is not None
+
+
+OTHER_SCHEDULES = {
+    "an SDE": (SDESchedule(), "epsilon"),
+    "VE without preconditioning": (VESchedule(), "sample"),
+    "flow matching, predicting data": (FlowSchedule(), "sample"),
+    "VP, predicting flow": (VPSchedule(COSINE.alphas_cumprod), "flow_prediction"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_SCHEDULES.values(), ids=OTHER_SCHEDULES)
+def test_what_diffusers_can_not_sample_is_refused(tmp_path, kind):
+    student = make_vp_student(*kind)
+    with pytest.raises(InvalidArgumentError, match=rf"student='{kind[1]} on .*no scheduler for it"):
+        export_student(student, (800.0, 300.0), COSINE.config, tmp_path / "deep" / "student")
+    assert not list(tmp_path.iterdir())
+
+
+NO_CONFIGS = {
+    "None": None,
+    "the scheduler itself": COSINE,
+    "a folder": "scheduler",
+    "impossible settings": {"beta_schedule": "none of diffusers'"},
+}
+
+
+@pytest.mark.parametrize("config", NO_CONFIGS.values(), ids=NO_CONFIGS)
+def test_what_is_no_schedulers_config_is_refused(tmp_path, config):
+    with pytest.raises(InvalidArgumentError, match="scheduler_config="):
+        export_student(load_denoiser("digits"), (850.0,), config, tmp_path / "deep" / "student")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     student = load_denoiser("digits", guidance_scale=2.0)
@@ -340,7 +429,7 @@ def test_a_global_schedule_is_exported_as_its_times(tmp_path):
 
 def test_an_adaptive_schedule_of_another_kind_is_refused(tmp_path):
     student = load_denoiser("digits")
-    student.schedule = FlowSchedule(1000)
+    student.schedule, student.prediction_type = FlowSchedule(1000), "flow_prediction"
     with pytest.raises(InvalidArgumentError, match="alphas_cumprod"):
         export_adaptive(student, adaptive_head(student, "beta"), {}, tmp_path / "student")
     assert not list(tmp_path.iterdir())

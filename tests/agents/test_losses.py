@@ -6,13 +6,12 @@ import math
 
 import pytest
 import torch
-from torch.distributions import Normal, kl_divergence
+from torch.distributions import Normal
 
 from agents.losses import (
     approximate_kl,
     clip_fraction,
     effective_sample_size,
-    kl_map,
     reduce_log_ratio,
     surrogate,
     value_loss,
@@ -110,38 +109,6 @@ def test_clip_fraction_counts_ratios_outside():
     log_ratio = torch.tensor([[1.1, 0.7], [1.3, 1.0]]).log()
     assert clip_fraction(log_ratio, 0.2).mean().item() == 0.5
     assert clip_fraction(log_ratio, 0.5).mean().item() == 0.0
-
-
-def test_kl_map_equals_torch():
-    generator = torch.Generator().manual_seed(4)
-    old_mean, mean = torch.randn(2, 5, 3, 2, generator=generator)
-    std = torch.rand(5, 1, 1, generator=generator) + 0.1
-    expected = kl_divergence(Normal(old_mean, std), Normal(mean, std)).mean()
-    torch.testing.assert_close(kl_map(mean, Gaussian(old_mean, std)).mean(), expected)
-    # negative control: twice the std is a quarter of the divergence
-    doubled = kl_map(mean, Gaussian(old_mean, 2 * std)).mean()
-    torch.testing.assert_close(doubled, expected / 4)
-
-
-def test_kl_map_of_another_std_equals_torch():
-    generator = torch.Generator().manual_seed(6)
-    old_mean, mean = torch.randn(2, 5, 3, 2, generator=generator, dtype=torch.float64)
-    old_std, std = torch.rand(2, 5, 1, 1, generator=generator, dtype=torch.float64) + 0.1
-    expected = kl_divergence(Normal(old_mean, old_std), Normal(mean, std))
-    torch.testing.assert_close(kl_map(mean, Gaussian(old_mean, old_std), std), expected)
-    # negative control: the divergence the other way round
-    reverse = kl_map(old_mean, Gaussian(mean, std), old_std)
-    assert (reverse - expected).abs().min() > 1e-3
-    # of equal stds it is the formula without one
-    same = Gaussian(old_mean, old_std)
-    torch.testing.assert_close(kl_map(mean, same, old_std.clone()), kl_map(mean, same))
-
-
-def test_kl_has_no_gradient():
-    mean, std = torch.zeros(2, 3, requires_grad=True), torch.ones(2, 1, requires_grad=True)
-    old = Gaussian(torch.ones(2, 3), torch.ones(2, 1))
-    assert not kl_map(mean, old).requires_grad
-    assert not kl_map(mean, old, std).requires_grad
 
 
 def test_approximate_kl_estimates_the_closed_form():

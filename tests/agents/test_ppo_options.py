@@ -8,7 +8,7 @@ import gymnasium as gym
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from small_world import ITERATION, STOCK
+from small_world import GRID, ITERATION, STOCK, weights
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize
 from torch import nn
 
@@ -34,8 +34,8 @@ def case(argument, *, env=None, **options):
         case("ema_decay", ema_decay="slow"),
         case("eta", eta=2.0),
         case("min_std", min_std=0.0),
-        case("ratio", ratio="mean"),
-        case("ratio", ratio="sum"),
+        case("ratio", ratio="mean", credit="local"),
+        case("ratio", ratio="sum", credit="local"),
         case("credit", env={"reward": "psnr"}),
         case("trained", trained="times"),
         case("trained", trained="schedule"),
@@ -106,6 +106,108 @@ def test_a_student_needs_the_bare_environment(make_env, make_model, wrap):
     with pytest.raises(InvalidArgumentError, match="without wrappers") as caught:
         make_model(wrap(make_env()))
     assert caught.value.argument == "env"
+
+
+class Reward(gym.vector.VectorWrapper):
+    """Returns another reward; with `maps`, its map too."""
+
+    def __init__(self, env, maps=False, change=lambda reward: -1000 * reward):
+        super().__init__(env)
+        self.maps, self.change = maps, change
+
+    def step(self, actions):
+        obs, rewards, *ends, infos = self.env.step(actions)
+        if self.maps and "reward_map" in infos:
+            infos = {**infos, "reward_map": self.change(infos["reward_map"])}
+        return obs, self.change(rewards), *ends, infos
+
+
+class Without(gym.vector.VectorWrapper):
+    def step(self, actions):
+        *rest, infos = self.env.step(actions)
+        return *rest, {name: infos[name] for name in infos if name != "reward_map"}
+
+
+UNHEARD = {
+    "another reward": Reward,
+    "a reward of every step": lambda env: Reward(env, change=lambda reward: reward - 0.1),
+    "no map": Without,
+}
+
+
+@pytest.mark.parametrize("wrap", UNHEARD.values(), ids=UNHEARD)
+@pytest.mark.parametrize("schedule", [GRID, "free"])
+def test_local_credit_refuses_a_wrapper_that_it_would_not_hear(
+    make_env, make_model, wrap, schedule
+):
+    options = {"num_steps": 3} if schedule == "free" else {}
+    model = make_model(wrap(make_env(schedule=schedule, **options)))
+    before = weights(model)
+    with pytest.raises(InvalidArgumentError, match=r"credit='local'.*'global'"):
+        model.learn(2 * ITERATION)
+    assert torch.equal(weights(model), before)
+    # and so after another environment was good
+    if schedule == GRID:
+        model = make_model(make_env())
+        model.learn(ITERATION)
+        model.set_env(TorchVecEnv(wrap(make_env())))
+        with pytest.raises(InvalidArgumentError, match="credit='local'"):
+            model.learn(ITERATION)
+
+
+def test_wrappers_that_credit_hears_are_taken(make_env, make_model):
+    """Rewards of the other sign train another student, with global credit and with maps."""
+    cases = {
+        "local": (lambda env: env, "mse", "local"),
+        "unchanged": (lambda env: Reward(env, change=torch.clone), "mse", "local"),
+        "of a sum": (lambda env: Reward(env, change=torch.clone), "mse + psnr", "local"),
+        "turned": (lambda env: Reward(env, maps=True), "mse", "local"),
+        "global": (lambda env: env, "mse", "global"),
+        "global, turned": (Reward, "mse", "global"),
+    }
+    after = {}
+    for name, (wrap, reward, credit) in cases.items():
+        model = make_model(wrap(make_env(reward=reward)), credit=credit)
+        after[name] = weights(model.learn(ITERATION))
+    assert torch.equal(after["local"], after["unchanged"])
+    assert not torch.equal(after["local"], after["turned"])
+    assert not torch.equal(after["global"], after["global, turned"])
+
+
+def test_gymnasium_wrappers_of_one_environment_count():
+    """Those of `make` change nothing and are taken off, with which tensors stay tensors."""
+    options = {"n_steps": 16, "batch_size": 16, "ratio": "sum", "advantage": "gae"}
+    plain = gym.make("ReDiF-v0", schedule="uniform", num_steps=2)
+    wrapped = gym.wrappers.TransformReward(plain, lambda reward: reward * 0 - 7.0)
+    model = ReDiFPPO("MultiInputPolicy", wrapped, **options).learn(16)
+    assert model.credit == "global"
+    assert {episode["r"] for episode in model.ep_info_buffer} == {-14.0}
+    assert isinstance(model.env, DummyVecEnv)
+    assert isinstance(ReDiFPPO("MultiInputPolicy", plain, **options).env, TorchVecEnv)
+    with pytest.raises(InvalidArgumentError, match="without wrappers"):
+        ReDiFPPO("StudentPolicy", wrapped, advantage="batch")
+
+
+def test_the_default_credit_goes_with_the_ratio(make_model):
+    assert make_model().credit == "local"
+    assert make_model(ratio="mean").credit == "global"
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule"),
+    [
+        ("eta", lambda left: 5.0 if left < 0.6 else 0.1),
+        ("eta", lambda left: float("nan")),
+        ("min_std", lambda left: 0.0 if left < 0.6 else 0.01),
+    ],
+)
+@pytest.mark.parametrize("gap_fraction", [None, 0.5])
+def test_functions_of_the_progress_keep_to_the_range_of_numbers(
+    make_model, name, schedule, gap_fraction
+):
+    with pytest.raises(InvalidArgumentError) as caught:
+        make_model(**{name: schedule}, gap_fraction=gap_fraction).learn(3 * ITERATION)
+    assert caught.value.argument == name
 
 
 @pytest.mark.parametrize("name", ["ratio", "advantage", "credit"])

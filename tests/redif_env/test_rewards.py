@@ -256,6 +256,8 @@ def test_a_sum_has_a_map_when_every_term_has_one():
         (" ssim ", SSIM()),
         ("mse + 0.5*ssim", MSE() + 0.5 * SSIM()),
         ("2 * mse+1e-1*psnr + cosine", 2 * MSE() + 0.1 * PSNR() + Cosine()),
+        ("-1*mse", -MSE()),
+        ("mse + -0.5*ssim", MSE() - SSIM() / 2),
     ],
 )
 def test_parsing(pair, text, reward):
@@ -332,3 +334,37 @@ def test_ssim_needs_images_larger_than_its_window(shape):
 def test_only_rewards_add(other):
     with pytest.raises((TypeError, InvalidArgumentError)):
         MSE() + other
+
+
+def test_arithmetic_of_rewards_is_that_of_their_values(pair):
+    one, two = score(MSE(), *pair), score(PSNR(), *pair)
+    for reward, expected in [
+        (-MSE(), -one),
+        (MSE() - PSNR(), one - two),
+        (MSE() / 2, one / 2),
+        (MSE() - (PSNR() - MSE()) / 4, one - (two - one) / 4),
+        (sum([MSE(), PSNR(), MSE()]), 2 * one + two),
+    ]:
+        torch.testing.assert_close(score(reward, *pair), expected)
+        # and by its own name
+        torch.testing.assert_close(score(make_reward(reward.name), *pair), expected)
+
+
+NO_ARITHMETIC = {
+    "a number added": lambda: 1 + MSE(),
+    "a number subtracted": lambda: MSE() - 1,
+    "a name subtracted": lambda: MSE() - "ssim",
+    "divided by 0": lambda: MSE() / 0,
+    "divided by a reward": lambda: MSE() / SSIM(),
+    "a name of a sum": lambda: register_reward("a+b", MSE),
+    "a name with a weight": lambda: register_reward("2*mse", MSE),
+    "a name with spaces around it": lambda: register_reward(" mse", MSE),
+    "no name": lambda: register_reward("", MSE),
+    "another thing than a name": lambda: register_reward(3, MSE),
+}
+
+
+@pytest.mark.parametrize("wrong", NO_ARITHMETIC.values(), ids=NO_ARITHMETIC)
+def test_other_arithmetic_and_names_are_refused(wrong):
+    with pytest.raises(InvalidArgumentError, match=r"\.$"):
+        wrong()
