@@ -295,9 +295,11 @@ TRIALS = (
         2,
         300_000,
         {
-            "trajectory_regression": _sizes((2e-4, 32), (2e-4, 16), (1e-4, 16), **_WALK),
+            "trajectory_regression": _sizes(
+                (2e-4, 32), (1e-4, 32), (2e-4, 16), (1e-4, 16), **_WALK
+            ),
             "backprop": _sizes((2e-4, 64), (1e-4, 32), (1e-4, 16), (5e-5, 16)),
-            OURS: (*_rates(1e-4, 2e-4), *_sizes((1e-4, 128))),
+            OURS: (*_rates(1e-4, 2e-4), *_sizes((1e-4, 128)), *_rates(2e-4, n_epochs=5)),
         },
     ),
     Trials(
@@ -305,16 +307,20 @@ TRIALS = (
         300_000,
         {
             "trajectory_regression": (
-                *_sizes((5e-4, 64), (2e-4, 32), (1e-4, 32), (2e-4, 16), **_WALK),
+                *_sizes((5e-4, 64), (2e-4, 32), (1e-4, 32), (2e-4, 16), (1e-4, 16), **_WALK),
                 *_sizes((2e-4, 32), teacher_steps=24),
             ),
             "progressive": _sizes(
-                (5e-4, 64), (5e-4, 32), (2e-4, 32), (1e-4, 32), (2e-4, 16), **_UNIFORM
+                *((5e-4, 64), (5e-4, 32), (2e-4, 32), (1e-4, 32), (2e-4, 16), (1e-4, 16)),
+                **_UNIFORM,
             ),
-            "backprop": _sizes((2e-4, 64), (2e-4, 32), (1e-4, 32), (5e-5, 32), (1e-4, 16)),
+            "backprop": _sizes(
+                (2e-4, 64), (2e-4, 32), (1e-4, 32), (5e-5, 32), (1e-4, 16), (5e-5, 16)
+            ),
             OURS: (
                 *_rates(1e-4, 2e-4),
                 *_rates(1e-4, gap_fraction=0.25),
+                *_rates(1e-4, n_epochs=5),
                 *(setting for n in (1, 2) for setting in _sizes((1e-4, 128), n_epochs=n)),
             ),
         },
@@ -324,11 +330,11 @@ TRIALS = (
 # distance.
 CHOSEN: dict[str, Settings] = {
     "output_regression": {"learning_rate": 2e-4, "batch_size": 32},
-    "trajectory_regression": {**_WALK, "learning_rate": 2e-4, "batch_size": 32},
+    "trajectory_regression": {**_WALK, "learning_rate": 2e-4, "batch_size": 16},
     "progressive": {**_UNIFORM, "learning_rate": 2e-4, "batch_size": 32},
     "consistency": {**_UNIFORM, "learning_rate": 1e-3},
     "distribution_matching": {"batch_size": 64, "fake_updates": 2, "learning_rate": 5e-5},
-    "backprop": {"learning_rate": 1e-4, "batch_size": 32},
+    "backprop": {"learning_rate": 1e-4, "batch_size": 16},
     OURS: {"learning_rate": 2e-4},
     f"progressive{AFTER}": _UNIFORM,
     # Those of benchmarks/schedules.py.

@@ -241,7 +241,7 @@ def test_trials_are_as_many_for_every_method():
         for name, settings in choice.items():
             if name in tried[num_steps]:
                 assert settings in tried[num_steps][name]
-    assert len(plan_trials([OURS, "ddim"])) == 8 + 3 + 5
+    assert len(plan_trials([OURS, "ddim"])) == 8 + 4 + 6
 
 
 def test_settings_are_those_of_the_task_and_of_the_number_of_steps():
