@@ -87,13 +87,17 @@ class VPSchedule(NoiseSchedule):
         self.register_buffer("sigma_table", (1 - table).sqrt().float(), persistent=False)
 
     def alpha(self, t: Tensor) -> Tensor:
-        return self.alpha_table[self.snap(t).long()]
+        return self._look_up(self.alpha_table, t)
 
     def sigma(self, t: Tensor) -> Tensor:
-        return self.sigma_table[self.snap(t).long()]
+        return self._look_up(self.sigma_table, t)
 
     def snap(self, t: Tensor) -> Tensor:
         return super().snap(t).round()
+
+    def _look_up(self, table: Tensor, t: Tensor) -> Tensor:
+        # Grids are made of times on the CPU, wherever the table is; else this copies nothing.
+        return table.to(t.device)[self.snap(t).long()]
 
 
 class SDESchedule(NoiseSchedule):
