@@ -37,7 +37,7 @@ class Denoiser(nn.Module):
             training-timestep axis; with classes as `network(x_t, t, classes)`, int64 `(N,)`; with a
             table as `network(x_t, t, **rows)`. Returns a tensor like `x_t`, or an object with that
             tensor as `.sample`. It may be of another dtype than the latents: these are cast.
-        schedule: The noise schedule that the network was trained on.
+        schedule: The noise schedule that the network was trained on; moved to its device.
         prediction_type: One of diffusers' strings, see `noise.PREDICTION_TYPES`.
         latent_shape: Shape of one row of `x_t`, such as `(C, H, W)`, `(C, L)` or `(D,)`.
         num_classes: Number of classes to choose from; None when there is no condition.
@@ -112,8 +112,9 @@ class Denoiser(nn.Module):
         self.autocast: torch.dtype | None = None
         self.network_evaluations = 0
         self.set_guidance(guidance_scale, guidance_rescale)
-        end = torch.tensor([schedule.max_timestep], device=self.device)
-        if prediction_type == "epsilon" and bool(schedule.alpha(end) == 0):
+        if device := self._device():  # else every step would copy the schedule's tables there
+            schedule.to(device)
+        if prediction_type == "epsilon" and schedule.ends_in_noise:
             raise InvalidArgumentError(
                 "prediction_type",
                 prediction_type,

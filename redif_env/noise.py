@@ -47,6 +47,11 @@ class NoiseSchedule(nn.Module, ABC):
     def sigma(self, t: Tensor) -> Tensor:
         """Noise scale at `t`: float32 of the shape and on the device of `t`."""
 
+    @property
+    def ends_in_noise(self) -> bool:
+        """Whether alpha is 0 at the noisiest time, as with zero terminal SNR or flow matching."""
+        return bool(self.alpha(torch.tensor([self.max_timestep])) == 0)
+
     def snap(self, t: Tensor) -> Tensor:
         """The nearest time at which this schedule is defined, in [0, max_timestep]."""
         return t.clamp(0.0, self.max_timestep)

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DDPMPipeline
 from fake_device import CPU, DEVICE, DeviceMixError, FakeDevice
 from tiny_models import pixel_unet
 
@@ -17,8 +17,10 @@ from redif_env import (
     ReDiFVectorEnv,
     Teacher,
     TeacherBank,
+    load_teacher,
     schedules,
 )
+from redif_env.errors import InvalidArgumentError
 from redif_env.noise import FlowSchedule, SDESchedule, VESchedule, VPSchedule
 from redif_env.rewards import make_reward
 from redif_env.rewards.discriminator import Discriminator
@@ -107,6 +109,26 @@ def test_grids_do_not_ask_where_the_schedule_is(device, noise):
     for t in (torch.tensor([1.0, 7.0]), torch.tensor([1.0, 7.0]).to(DEVICE)):
         for schedule in (here, there):
             assert schedule.alpha(t).device == schedule.sigma(t).device == t.device
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_a_schedule_follows_its_network(device, noise):
+    """Networks come to the device before they meet their schedule."""
+    network = pixel_unet().to(DEVICE)
+    for prediction in ("sample", "epsilon")[: 1 if noise == "flow" else 2]:
+        denoiser = Denoiser(network, NOISES[noise](), prediction, SHAPE)
+        assert all(table.device == DEVICE for table in denoiser.schedule.buffers())
+        Teacher(denoiser, functools.partial(KernelSolver, denoiser), 2)
+    with pytest.raises(InvalidArgumentError, match="alpha is 0"):
+        Denoiser(network, FlowSchedule(), "epsilon", SHAPE)
+
+
+def test_a_pipeline_may_be_on_the_device_already(device):
+    scheduler = DDIMScheduler()
+    pipeline = DDPMPipeline(pixel_unet().to(DEVICE), scheduler)
+    pipeline.scheduler = scheduler  # which the pipeline makes its own kind of
+    teacher = load_teacher(pipeline, num_steps=2, device=DEVICE)
+    assert teacher.sample(torch.zeros(1, *SHAPE, device=DEVICE)).device == DEVICE
 
 
 def test_the_best_grid_is_found_on_the_device(device):
