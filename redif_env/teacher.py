@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import parallel
@@ -130,6 +130,7 @@ class Teacher:
         ]
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
         _update(digest, self.denoiser.network.state_dict())
+        _update(digest, _unsaved_buffers(self.denoiser.network))
         if self.denoiser.conditions is not None:
             _update(digest, self.denoiser.conditions.tensors())
         return digest.hexdigest()
@@ -268,6 +269,12 @@ def _architecture(network: Any) -> list[Any]:
         return [type(network).__name__, repr(network)]
     public = {name: value for name, value in config.items() if name[0] != "_"}
     return [type(network).__name__, public]
+
+
+def _unsaved_buffers(network: nn.Module) -> dict[str, Tensor]:
+    """Buffers that answers depend on too, though a state dict leaves them out."""
+    saved = network.state_dict()
+    return {name: buffer for name, buffer in network.named_buffers() if name not in saved}
 
 
 @dataclasses.dataclass(frozen=True)
