@@ -118,7 +118,7 @@ def device_of(tensor: Tensor) -> torch.device:
 
 def _with_index(device: Any) -> torch.device:
     device = torch.device(device)
-    return DEVICE if device.type == DEVICE.type else device
+    return DEVICE if device.type == DEVICE.type and device.index is None else device
 
 
 def _property(name: str, tensor: Tensor) -> Any:

@@ -251,6 +251,30 @@ CASES = {
     "a task below zero": (tasks([0, 1, 2, -1]), BAD, "options['tasks']", "-1"),
     "half a task": (tasks([0, 1, 2, 0.5]), BAD, "options['tasks']", "0.5"),
     "tasks in words": (tasks("abcd"), BAD, "options['tasks']", "'abcd'"),
+    "a group of two tasks": (
+        lambda g: g.make(group_size=2).reset(options={"tasks": [0, 0, 1, 2]}),
+        BAD,
+        "options['tasks']",
+        "[0, 0, 1, 2]",
+    ),
+    "an option that is none": (
+        lambda g: g.make().reset(options={"task": [0, 1, 2, 3]}),
+        BAD,
+        "options",
+        "'task'",
+    ),
+    "a schedule's option that is none": (
+        lambda g: ReDiFScheduleVectorEnv(1, g.teacher, bank=g.bank).reset(options={"grid": 3}),
+        BAD,
+        "options",
+        "'grid'",
+    ),
+    "a single environment's option": (
+        lambda g: ReDiFEnv(teacher=g.teacher, bank=g.bank).reset(options={"task": [0]}),
+        BAD,
+        "options",
+        "'task'",
+    ),
     # actions
     "an action of NaN": (act(put(2, 7, NAN)), ACTION, "actions", "NaN"),
     "an infinite action": (act(put(0, 0, -INF)), ACTION, "actions", "infinity"),

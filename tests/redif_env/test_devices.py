@@ -183,6 +183,17 @@ def test_steps_stay_on_the_device(device, noise, options):
     assert env.draw(env.state).shape[0] == 4
 
 
+@pytest.mark.parametrize("wanted", ["xpu:1", "cpu", "cpu:0"])
+def test_another_device_than_the_teachers_is_refused(device, wanted):
+    with pytest.raises(InvalidArgumentError, match="the teacher is on xpu:0"):
+        ReDiFVectorEnv(2, make_teacher(), device=wanted)
+
+
+@pytest.mark.parametrize("wanted", ["xpu:0", "xpu", DEVICE])
+def test_the_teachers_own_device_may_be_named(device, wanted):
+    assert ReDiFVectorEnv(2, make_teacher(), device=wanted).device == DEVICE
+
+
 def test_times_may_be_given_where_they_are_free(device):
     teacher = make_teacher()
     env = ReDiFVectorEnv(2, teacher, bank=answers(teacher), seed=0)
