@@ -62,7 +62,8 @@ class Denoiser(nn.Module):
     Raises:
         InvalidArgumentError: for an `"epsilon"` network whose schedule reaches alpha = 0 (its
             prediction carries no `x_0` there), an unknown prediction type, guidance without a
-            null class, or a table with names that the network does not take; and, once it is asked,
+            null class, a table with names that the network does not take, or a network or schedule
+            of another kind; and, once it is asked,
             for a network that returns anything else than a tensor like `x_t`.
     """
 
@@ -82,6 +83,16 @@ class Denoiser(nn.Module):
         batch_size: int | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(network, nn.Module):
+            raise InvalidArgumentError(
+                "network", network, "pass a torch.nn.Module: wrap a function in one."
+            )
+        if not isinstance(schedule, NoiseSchedule):
+            raise InvalidArgumentError(
+                "schedule",
+                type(schedule).__name__,
+                "pass a NoiseSchedule, such as loading.noise_schedule(scheduler) of diffusers'.",
+            )
         self.network = network
         self.schedule = schedule
         self.prediction_type = check_choice("prediction_type", prediction_type, PREDICTION_TYPES)

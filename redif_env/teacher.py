@@ -23,7 +23,7 @@ from . import parallel
 from .code_key import own_code
 from .codec import Codec
 from .denoiser import Denoiser
-from .errors import CacheError, InvalidArgumentError, check_choice, check_integer
+from .errors import CacheError, InvalidArgumentError, check_choice, check_device, check_integer
 from .files import replacing
 from .noise import NoiseSchedule, VPSchedule
 
@@ -57,6 +57,14 @@ class Teacher:
         source: str | None = None,
         codec: Codec | None = None,
     ) -> None:
+        if not isinstance(denoiser, Denoiser):
+            raise InvalidArgumentError("denoiser", type(denoiser).__name__, "pass a Denoiser.")
+        if not callable(make_solver):
+            raise InvalidArgumentError(
+                "make_solver",
+                type(make_solver).__name__,
+                "pass a function that returns a fresh one at each call, such as a lambda.",
+            )
         self.denoiser = denoiser.eval().requires_grad_(False)
         self.make_solver = make_solver
         self.num_steps = check_integer("num_steps", num_steps, 1)
@@ -71,7 +79,12 @@ class Teacher:
         return self.denoiser.device
 
     def to(self, device: str | torch.device) -> Teacher:
-        """Move network, conditions and codec to `device`; returns self."""
+        """Move network, conditions and codec to `device`; returns self.
+
+        Raises:
+            InvalidArgumentError: for a device that torch does not have here.
+        """
+        check_device(device)
         self.denoiser.to(device)
         if self.codec is not None:
             self.codec.to(device)

@@ -559,7 +559,7 @@ def _signed(value: int) -> int:
 
 def _as_teacher(teacher: str | Path | Teacher, device: str | torch.device | None) -> Teacher:
     if isinstance(teacher, str | Path):
-        return load_teacher(teacher, device=check_device(device or "cpu"))
+        return load_teacher(teacher, device=device or "cpu")
     if not isinstance(teacher, Teacher):
         raise InvalidArgumentError(
             "teacher", teacher, "pass a bundled name, a diffusers folder or a Teacher."
