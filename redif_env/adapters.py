@@ -7,7 +7,6 @@ that after division: :math:`x_t / \alpha_t = x_0 + (\sigma_t / \alpha_t)\,\epsil
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from .denoiser import Call, Told, call_network
@@ -28,8 +27,7 @@ class SigmaNetwork(nn.Module):
 
     def __init__(self, network: nn.Module, schedule: NoiseSchedule) -> None:
         super().__init__()
-        end = torch.tensor([schedule.max_timestep])
-        if bool(schedule.alpha(end) == 0):
+        if schedule.ends_in_noise:
             raise InvalidArgumentError(
                 "schedule", type(schedule).__name__, "alpha is 0 at its end: sigma is infinite."
             )

@@ -37,7 +37,7 @@ class Denoiser(nn.Module):
             training-timestep axis; with classes as `network(x_t, t, classes)`, int64 `(N,)`; with a
             table as `network(x_t, t, **rows)`. Returns a tensor like `x_t`, or an object with that
             tensor as `.sample`. It may be of another dtype than the latents: these are cast.
-        schedule: The noise schedule that the network was trained on.
+        schedule: The noise schedule that the network was trained on; moved to its device.
         prediction_type: One of diffusers' strings, see `noise.PREDICTION_TYPES`.
         latent_shape: Shape of one row of `x_t`, such as `(C, H, W)`, `(C, L)` or `(D,)`.
         num_classes: Number of classes to choose from; None when there is no condition.
@@ -62,7 +62,8 @@ class Denoiser(nn.Module):
     Raises:
         InvalidArgumentError: for an `"epsilon"` network whose schedule reaches alpha = 0 (its
             prediction carries no `x_0` there), an unknown prediction type, guidance without a
-            null class, or a table with names that the network does not take; and, once it is asked,
+            null class, a table with names that the network does not take, or a network or schedule
+            of another kind; and, once it is asked,
             for a network that returns anything else than a tensor like `x_t`.
     """
 
@@ -82,6 +83,16 @@ class Denoiser(nn.Module):
         batch_size: int | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(network, nn.Module):
+            raise InvalidArgumentError(
+                "network", network, "pass a torch.nn.Module: wrap a function in one."
+            )
+        if not isinstance(schedule, NoiseSchedule):
+            raise InvalidArgumentError(
+                "schedule",
+                type(schedule).__name__,
+                "pass a NoiseSchedule, such as loading.noise_schedule(scheduler) of diffusers'.",
+            )
         self.network = network
         self.schedule = schedule
         self.prediction_type = check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
@@ -112,8 +123,9 @@ class Denoiser(nn.Module):
         self.autocast: torch.dtype | None = None
         self.network_evaluations = 0
         self.set_guidance(guidance_scale, guidance_rescale)
-        end = torch.tensor([schedule.max_timestep], device=self.device)
-        if prediction_type == "epsilon" and bool(schedule.alpha(end) == 0):
+        if device := self._device():  # else every step would copy the schedule's tables there
+            schedule.to(device)
+        if prediction_type == "epsilon" and schedule.ends_in_noise:
             raise InvalidArgumentError(
                 "prediction_type",
                 prediction_type,

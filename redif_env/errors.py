@@ -6,6 +6,8 @@ import importlib
 import operator
 from types import ModuleType
 
+import torch
+
 
 class ReDiFError(Exception):
     """Base class of every error that ReDiF raises on purpose."""
@@ -138,3 +140,15 @@ def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise InvalidArgumentError(argument, value, f"pass one of {', '.join(map(repr, choices))}.")
     return str(value)
+
+
+def check_device(device: object) -> torch.device:
+    """Return `device`; raise `InvalidArgumentError` unless torch has it here."""
+    try:
+        checked = torch.device(device)  # type: ignore[call-overload]
+        torch.empty(0, device=checked)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise InvalidArgumentError(
+            "device", device, f"pass a device that torch has here, such as 'cpu' ({error})."
+        ) from error
+    return checked

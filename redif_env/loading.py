@@ -21,6 +21,7 @@ from .errors import (
     InvalidArgumentError,
     TeacherFolderError,
     check_choice,
+    check_device,
     check_integer,
     check_number,
 )
@@ -216,9 +217,10 @@ def load_teacher(
         TeacherFolderError: if the folder is missing, incomplete, corrupt, or of a family that is
             not supported.
         InvalidArgumentError: for prompts or conditions that are missing or do not go with the
-            network, and other arguments that make no sense.
+            network, a device that torch does not have here, and other arguments that make no sense.
         MissingExtraError: for prompts without transformers, extra `transformers`.
     """
+    check_device(device)
     parts = take_apart(source, dtype, variant, local_files_only)
     table = make_table(
         parts,
@@ -278,6 +280,8 @@ def take_apart(
     local_files_only: bool = True,
 ) -> Parts:
     """The parts of a pipeline. Arguments and errors as for `load_teacher`."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise InvalidArgumentError("dtype", dtype, "pass one such as torch.float16, or None.")
     if isinstance(source, DiffusionPipeline):
         return _parts_in_memory(source, dtype)
     folder = find_folder(source, local_files_only, variant)

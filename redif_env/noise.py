@@ -47,6 +47,11 @@ class NoiseSchedule(nn.Module, ABC):
     def sigma(self, t: Tensor) -> Tensor:
         """Noise scale at `t`: float32 of the shape and on the device of `t`."""
 
+    @property
+    def ends_in_noise(self) -> bool:
+        """Whether alpha is 0 at the noisiest time, as with zero terminal SNR or flow matching."""
+        return bool(self.alpha(torch.tensor([self.max_timestep])) == 0)
+
     def snap(self, t: Tensor) -> Tensor:
         """The nearest time at which this schedule is defined, in [0, max_timestep]."""
         return t.clamp(0.0, self.max_timestep)
@@ -87,13 +92,17 @@ class VPSchedule(NoiseSchedule):
         self.register_buffer("sigma_table", (1 - table).sqrt().float(), persistent=False)
 
     def alpha(self, t: Tensor) -> Tensor:
-        return self.alpha_table[self.snap(t).long()]
+        return self._look_up(self.alpha_table, t)
 
     def sigma(self, t: Tensor) -> Tensor:
-        return self.sigma_table[self.snap(t).long()]
+        return self._look_up(self.sigma_table, t)
 
     def snap(self, t: Tensor) -> Tensor:
         return super().snap(t).round()
+
+    def _look_up(self, table: Tensor, t: Tensor) -> Tensor:
+        # Grids are made of times on the CPU, wherever the table is; else this copies nothing.
+        return table.to(t.device)[self.snap(t).long()]
 
 
 class SDESchedule(NoiseSchedule):

@@ -16,14 +16,14 @@ import torch
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import parallel
 from .code_key import own_code
 from .codec import Codec
 from .denoiser import Denoiser
-from .errors import CacheError, InvalidArgumentError, check_choice, check_integer
+from .errors import CacheError, InvalidArgumentError, check_choice, check_device, check_integer
 from .files import replacing
 from .noise import NoiseSchedule, VPSchedule
 
@@ -57,6 +57,14 @@ class Teacher:
         source: str | None = None,
         codec: Codec | None = None,
     ) -> None:
+        if not isinstance(denoiser, Denoiser):
+            raise InvalidArgumentError("denoiser", type(denoiser).__name__, "pass a Denoiser.")
+        if not callable(make_solver):
+            raise InvalidArgumentError(
+                "make_solver",
+                type(make_solver).__name__,
+                "pass a function that returns a fresh one at each call, such as a lambda.",
+            )
         self.denoiser = denoiser.eval().requires_grad_(False)
         self.make_solver = make_solver
         self.num_steps = check_integer("num_steps", num_steps, 1)
@@ -71,7 +79,12 @@ class Teacher:
         return self.denoiser.device
 
     def to(self, device: str | torch.device) -> Teacher:
-        """Move network, conditions and codec to `device`; returns self."""
+        """Move network, conditions and codec to `device`; returns self.
+
+        Raises:
+            InvalidArgumentError: for a device that torch does not have here.
+        """
+        check_device(device)
         self.denoiser.to(device)
         if self.codec is not None:
             self.codec.to(device)
@@ -130,6 +143,7 @@ class Teacher:
         ]
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
         _update(digest, self.denoiser.network.state_dict())
+        _update(digest, _unsaved_buffers(self.denoiser.network))
         if self.denoiser.conditions is not None:
             _update(digest, self.denoiser.conditions.tensors())
         return digest.hexdigest()
@@ -268,6 +282,12 @@ def _architecture(network: Any) -> list[Any]:
         return [type(network).__name__, repr(network)]
     public = {name: value for name, value in config.items() if name[0] != "_"}
     return [type(network).__name__, public]
+
+
+def _unsaved_buffers(network: nn.Module) -> dict[str, Tensor]:
+    """Buffers that answers depend on too, though a state dict leaves them out."""
+    saved = network.state_dict()
+    return {name: buffer for name, buffer in network.named_buffers() if name not in saved}
 
 
 @dataclasses.dataclass(frozen=True)

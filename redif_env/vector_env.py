@@ -23,6 +23,7 @@ from .errors import (
     InvalidArgumentError,
     InvalidRewardError,
     check_choice,
+    check_device,
     check_integer,
     check_number,
 )
@@ -36,6 +37,7 @@ DEFAULT_NUM_STEPS = 4
 DEFAULT_BANK_SIZE = 256
 LATENT_BOUND = 10.0  # ten standard deviations: real latents stay well inside
 RESIDUAL_BOUND = 1.0
+RESET_OPTIONS = ("tasks", "start")
 
 
 class ReDiFVectorEnv(VectorEnv):
@@ -89,7 +91,8 @@ class ReDiFVectorEnv(VectorEnv):
             they start a little later. `reset(options={"start": times})` overrides it.
         min_steps: Fewest steps of an episode of a free schedule.
         reward: A `Reward` or the name of one, such as `"mse + 0.5*ssim"`.
-        action_type: `"latent"` or a diffusers prediction type.
+        action_type: `"latent"` or a diffusers prediction type; `"epsilon"` only where alpha is
+            not 0 at the first time.
         step_cost: Reward taken for each network evaluation.
         guidance_scale: Of the student, which decides the cost of a step; default: the teacher's. 1
             against a guided teacher distils guidance away.
@@ -181,6 +184,7 @@ class ReDiFVectorEnv(VectorEnv):
             student.set_guidance(guidance_scale, denoiser.guidance_rescale)
         self.guidance_scale = student.guidance_scale
         timesteps, max_steps = _resolve_schedule(schedule, denoiser.schedule, num_steps)
+        _check_action_type(action_type, denoiser.schedule, timesteps)
         if reward.over_batch and timesteps is None:
             raise InvalidArgumentError(
                 "reward",
@@ -248,8 +252,9 @@ class ReDiFVectorEnv(VectorEnv):
         Args:
             seed: Makes the tasks from here on reproducible. Without one, new tasks follow.
             options: `{"tasks": rows}` starts the episodes from those rows of the bank, integers
-                `(num_envs,)`. `{"start": times}` starts the episodes of a free schedule there,
-                times of the model, float `(num_envs,)`; those that follow start as usual.
+                `(num_envs,)`, the same for the neighbours of a group. `{"start": times}` starts the
+                episodes of a free schedule there, times of the model, float `(num_envs,)`; those
+                that follow start as usual.
 
         Returns:
             Observations, and `{"task": rows}`, the rows of the bank that the episodes are about.
@@ -257,6 +262,8 @@ class ReDiFVectorEnv(VectorEnv):
         options = {} if options is None else options
         if not isinstance(options, dict):
             raise InvalidArgumentError("options", options, "pass a dict, or None.")
+        for name in options:
+            check_choice("options", name, RESET_OPTIONS)
         if seed is not None:
             seed = check_integer("seed", seed, 0)
             super().reset(seed=seed)
@@ -415,11 +422,13 @@ class ReDiFVectorEnv(VectorEnv):
         size = len(self.bank)
         whole = tasks.dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
         fits = tasks.shape == (self.num_envs,) and whole
-        if not fits or bool((tasks < 0).any()) or bool((tasks >= size).any()):
+        if fits:
+            groups = tasks.reshape(-1, self.group_size)
+            fits = bool(((groups >= 0) & (groups < size) & (groups == groups[:, :1])).all())
+        if not fits:
+            each = f"each in [0, {size}), the same for the {self.group_size} neighbours of a group"
             raise InvalidArgumentError(
-                "options['tasks']",
-                options["tasks"],
-                f"pass {self.num_envs} integers, each in [0, {size}).",
+                "options['tasks']", options["tasks"], f"pass {self.num_envs} integers, {each}."
             )
         return tasks.to(self.device, torch.int64)
 
@@ -550,12 +559,12 @@ def _signed(value: int) -> int:
 
 def _as_teacher(teacher: str | Path | Teacher, device: str | torch.device | None) -> Teacher:
     if isinstance(teacher, str | Path):
-        return load_teacher(teacher, device=_check_device(device or "cpu"))
+        return load_teacher(teacher, device=device or "cpu")
     if not isinstance(teacher, Teacher):
         raise InvalidArgumentError(
             "teacher", teacher, "pass a bundled name, a diffusers folder or a Teacher."
         )
-    if device is not None and torch.device(_check_device(device)).type != teacher.device.type:
+    if device is not None and not _same_device(check_device(device), teacher.device):
         raise InvalidArgumentError(
             "device",
             device,
@@ -564,15 +573,10 @@ def _as_teacher(teacher: str | Path | Teacher, device: str | torch.device | None
     return teacher
 
 
-def _check_device(device: str | torch.device) -> torch.device:
-    try:
-        checked = torch.device(device)
-        torch.empty(0, device=checked)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise InvalidArgumentError(
-            "device", device, f"pass a device that torch has here, such as 'cpu' ({error})."
-        ) from error
-    return checked
+def _same_device(wanted: torch.device, found: torch.device) -> bool:
+    """Whether `found` is what was asked for; without a number, any of its kind will do."""
+    same_index = None in (wanted.index, found.index) or wanted.index == found.index
+    return wanted.type == found.type and same_index
 
 
 def _resolve_schedule(
@@ -630,6 +634,19 @@ def _check_free(
             "min_steps", min_steps, f"pass at most {min(max_steps, room):g}."
         )
     return {"start": start, "min_steps": min_steps}
+
+
+def _check_action_type(action_type: str, noise: NoiseSchedule, timesteps: Tensor | None) -> None:
+    """Refuse noise where there is nothing else; free schedules can be told to start anywhere."""
+    if action_type != "epsilon":
+        return
+    if noise.ends_in_noise if timesteps is None else bool(noise.alpha(timesteps[:1]) == 0):
+        raise InvalidArgumentError(
+            "action_type",
+            action_type,
+            "alpha is 0 at the noisiest time, where an epsilon carries no x_0: pass 'latent', "
+            "'sample' or 'v_prediction', or a list of times that starts later.",
+        )
 
 
 def _check_bank(bank: TeacherBank, denoiser: Denoiser) -> TeacherBank:

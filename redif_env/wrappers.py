@@ -130,7 +130,7 @@ def baseline_returns(env: VectorEnv, batch_size: int = 512) -> Tensor:
     for rows in torch.arange(len(inner.bank), device=inner.device).split(batch_size):
         state = mdp.initial(inner.process, inner.bank, rows)
         for step in range(inner.max_steps):
-            state = _alone(inner.process, state, step)
+            state = mdp.stay_ended(inner.process, state, _alone(inner.process, state, step))
         returns.append(mdp.reward(inner.process, state)[0])
     return torch.cat(returns)
 

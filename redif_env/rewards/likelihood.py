@@ -101,10 +101,11 @@ class TeacherLikelihood(Reward):
             raise InvalidArgumentError(
                 "x_0", tuple(x_0.shape), f"pass latents of shape {self.denoiser.latent_shape}."
             )
-        noise = self.noise.to(x_0.device)
+        # Moved once: a copy to the device at every call would make the host wait.
+        self.noise, self.timesteps = self.noise.to(x_0.device), self.timesteps.to(x_0.device)
         errors = [
             self._error(x_0, eps.expand_as(x_0), t.expand(len(x_0)), condition)
-            for t, level in zip(self.timesteps.to(x_0.device), noise, strict=True)
+            for t, level in zip(self.timesteps, self.noise, strict=True)
             for eps in level
         ]
         return -0.5 * self.width * torch.stack(errors).mean(0)

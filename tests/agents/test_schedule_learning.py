@@ -234,7 +234,8 @@ def test_what_is_saved_goes_on_as_what_was_not(make_free, make_env, tmp_path, ki
 def test_deployed_samples_are_those_of_the_environment(make_free, kind):
     """`sample`, which leaves out rows that have arrived, against stepping the environment."""
     torch.manual_seed(0)
-    model = make_free(kind)
+    alone = {"advantage": "batch", "antithetic": False}
+    model = make_free(kind, {"group_size": 1}, **alone)
     policy, env = model.policy, model.env.env
     head = policy.schedule_head
     tell_apart(head, env.reset(options={"tasks": torch.arange(8)})[0])

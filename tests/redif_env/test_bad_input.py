@@ -12,6 +12,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from torch import nn
 
 from agents import ReDiFPPO, TorchVecEnv, distill, export_student
@@ -46,6 +47,7 @@ from redif_env.errors import (
 
 DIM = 65
 NAN, INF = float("nan"), float("inf")
+MISSING = "cuda:99" if torch.cuda.is_available() else "cuda"  # a device that torch has not here
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +253,30 @@ CASES = {
     "a task below zero": (tasks([0, 1, 2, -1]), BAD, "options['tasks']", "-1"),
     "half a task": (tasks([0, 1, 2, 0.5]), BAD, "options['tasks']", "0.5"),
     "tasks in words": (tasks("abcd"), BAD, "options['tasks']", "'abcd'"),
+    "a group of two tasks": (
+        lambda g: g.make(group_size=2).reset(options={"tasks": [0, 0, 1, 2]}),
+        BAD,
+        "options['tasks']",
+        "[0, 0, 1, 2]",
+    ),
+    "an option that is none": (
+        lambda g: g.make().reset(options={"task": [0, 1, 2, 3]}),
+        BAD,
+        "options",
+        "'task'",
+    ),
+    "a schedule's option that is none": (
+        lambda g: ReDiFScheduleVectorEnv(1, g.teacher, bank=g.bank).reset(options={"grid": 3}),
+        BAD,
+        "options",
+        "'grid'",
+    ),
+    "a single environment's option": (
+        lambda g: ReDiFEnv(teacher=g.teacher, bank=g.bank).reset(options={"task": [0]}),
+        BAD,
+        "options",
+        "'task'",
+    ),
     # actions
     "an action of NaN": (act(put(2, 7, NAN)), ACTION, "actions", "NaN"),
     "an infinite action": (act(put(0, 0, -INF)), ACTION, "actions", "infinity"),
@@ -365,6 +391,36 @@ CASES = {
     "no curvature": (lambda g: noises.VESchedule(rho=0), BAD, "rho", "0"),
     "an unknown mean": (explore("sum"), BAD, "mean", "'sum'"),
     # denoisers, teachers and folders
+    "a function as network": (
+        lambda g: Denoiser(lambda x_t, t: x_t, noises.FlowSchedule(), "sample", (1, 8, 8)),
+        BAD,
+        "network",
+        "<function",
+    ),
+    "a scheduler as schedule": (
+        lambda g: Denoiser(nn.Identity(), DDIMScheduler(), "sample", (1, 8, 8)),
+        BAD,
+        "schedule",
+        "'DDIMScheduler'",
+    ),
+    "a solver that is made already": (
+        lambda g: Teacher(g.teacher.denoiser, DDIMScheduler()),
+        BAD,
+        "make_solver",
+        "'DDIMScheduler'",
+    ),
+    "a network as teacher's denoiser": (
+        lambda g: Teacher(nn.Identity(), DDIMScheduler),
+        BAD,
+        "denoiser",
+        "'Identity'",
+    ),
+    "a teacher on no device": (lambda g: load_teacher(device="gpu"), BAD, "device", "'gpu'"),
+    "a teacher where torch is not": (lambda g: load_teacher(device=MISSING), BAD, "device", ""),
+    "a run on no device": (lambda g: distill("digits", device="gpu"), BAD, "device", "'gpu'"),
+    "a run where torch is not": (lambda g: distill(g.teacher, device=MISSING), BAD, "device", ""),
+    "a dtype by name": (lambda g: load_teacher(dtype="float16"), BAD, "dtype", "'float16'"),
+    "a dtype of integers": (lambda g: load_teacher(dtype=torch.int8), BAD, "dtype", "torch.int8"),
     "an unknown prediction": (denoiser(prediction="eps"), BAD, "prediction_type", "'eps'"),
     "epsilon without signal": (
         denoiser(prediction="epsilon", schedule=noises.FlowSchedule()),

@@ -32,6 +32,7 @@ from redif_env.denoiser import call_network
 from redif_env.errors import InvalidArgumentError
 from redif_env.loading import build_denoiser, noise_schedule, solver_maker
 from redif_env.noise import FlowSchedule, VESchedule, VPSchedule, from_x0
+from redif_env.teacher import _unsaved_buffers
 
 VP = VPSchedule(DDIMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod)
 MEAN, STD = 0.5, 0.25
@@ -437,3 +438,43 @@ def test_what_libraries_wrote_needs_no_code(teacher):
     assert own_code(teacher.denoiser.network, teacher.denoiser.call) == []
     assert own_code(nn.Sequential(nn.Linear(2, 2)), call_network) == []
     assert own_code(SigmaNetwork(nn.Identity(), VP), call_network) == []
+
+
+class Scaled(nn.Module):
+    """A linear map times a buffer that its state dict has, or not.
+
+    Args:
+        scale: The buffer.
+        persistent: Whether the state dict has it.
+    """
+
+    def __init__(self, scale: float, persistent: bool = False) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        nn.init.eye_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        self.register_buffer("scale", torch.tensor(scale), persistent=persistent)
+
+    def forward(self, x_t, t):
+        return self.linear(x_t) * self.scale
+
+
+def test_buffers_that_are_not_saved_are_part_of_the_key(tmp_path):
+    """Weights alone are the same, and the second teacher would be given the first one's answers."""
+    one, two = Scaled(1.0), Scaled(0.5)
+    assert one.state_dict().keys() == {"linear.weight", "linear.bias"}
+    assert key_of(one) != key_of(two)
+    assert key_of(one) == key_of(Scaled(1.0))
+    banks = []
+    for network in (one, two):
+        denoiser = Denoiser(network, VP, "sample", (2,))
+        teacher = Teacher(denoiser, functools.partial(KernelSolver, denoiser), 4)
+        banks.append(TeacherBank.build(teacher, 4, cache_dir=tmp_path))
+    assert not torch.equal(banks[0].teacher_x_0, banks[1].teacher_x_0)
+
+
+def test_other_keys_are_of_the_state_dict_alone(teacher):
+    """Banks of networks without such buffers stay in use: nothing is added to their digest."""
+    for network in (teacher.denoiser.network, Scaled(1.0, persistent=True)):
+        assert not _unsaved_buffers(network)
+    assert _unsaved_buffers(Scaled(1.0)).keys() == {"scale"}

@@ -1,5 +1,6 @@
 """ReDiFVectorEnv: rows of their own, autoreset, groups, seeds, and what stays on the device."""
 
+import functools
 import itertools
 import subprocess
 import sys
@@ -8,12 +9,25 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from gymnasium.vector import AutoresetMode, VectorEnv
 from tripwire import Tripwire, arm, count_reads
 
 import redif_env
-from redif_env import MSE, PSNR, ReDiFVectorEnv, Reward, TeacherBank, check_vector_env, schedules
+from redif_env import (
+    MSE,
+    PSNR,
+    Denoiser,
+    KernelSolver,
+    ReDiFVectorEnv,
+    Reward,
+    Teacher,
+    TeacherBank,
+    check_vector_env,
+    schedules,
+)
 from redif_env.errors import InvalidActionError, InvalidArgumentError, InvalidRewardError
+from redif_env.loading import noise_schedule
 from redif_env.vector_env import task_hash
 
 DIM = 64
@@ -725,3 +739,36 @@ def test_reward_objects_and_names_are_the_same(make, generator):
         env.reset(seed=0)
         rewards.append(env.step(action)[1])
     assert torch.equal(*rewards)
+
+
+def ends_in_noise():
+    """A teacher with zero terminal SNR."""
+    noise = noise_schedule(DDIMScheduler(rescale_betas_zero_snr=True))
+    options = {"call": lambda network, x_t, t, told: network(x_t)}
+    denoiser = Denoiser(torch.nn.Identity(), noise, "v_prediction", (1, 2, 2), **options)
+    return Teacher(denoiser, functools.partial(KernelSolver, denoiser), 2)
+
+
+@pytest.mark.parametrize("options", [{}, {"residual": True}, {"schedule": "uniform"}], ids=str)
+def test_noise_is_no_action_where_there_is_nothing_else(options, tmp_path):
+    teacher = ends_in_noise()
+    with pytest.raises(InvalidArgumentError, match="alpha is 0 at the noisiest time") as caught:
+        ReDiFVectorEnv(2, teacher, num_steps=2, action_type="epsilon", **options)
+    assert caught.value.argument == "action_type"
+    bank = TeacherBank.build(teacher, 4, cache_dir=tmp_path)
+    for kind in ("latent", "sample", "v_prediction", "flow_prediction"):
+        env = ReDiFVectorEnv(2, teacher, num_steps=2, action_type=kind, bank=bank, **options)
+        env.reset(seed=0)
+        for _ in range(2):
+            observation, rewards, *_ = env.step(torch.zeros(env.action_space.shape))
+            assert observation["latents"].isfinite().all()
+            assert rewards.isfinite().all()
+
+
+def test_noise_is_an_action_after_a_later_start(tmp_path):
+    teacher = ends_in_noise()
+    bank = TeacherBank.build(teacher, 4, cache_dir=tmp_path)
+    options = {"schedule": [998.0, 500.0], "action_type": "epsilon", "residual": True}
+    env = ReDiFVectorEnv(2, teacher, bank=bank, **options)
+    env.reset(seed=0)
+    assert env.step(torch.zeros(2, 4))[0]["latents"].isfinite().all()

@@ -151,6 +151,22 @@ def test_even_choices_where_they_do_not_divide(teacher, bank, steps, wanted):
     torch.testing.assert_close(baseline_returns(env), rewards)
 
 
+@pytest.mark.parametrize("num_steps", [4, 16])
+def test_rows_that_have_ended_stay(teacher, bank, num_steps):
+    """Halving the time comes to the data before the last of many steps."""
+    env = ReDiFVectorEnv(32, teacher, residual=True, num_steps=num_steps, bank=bank)
+    returns = baseline_returns(env)
+    env.reset(options={"tasks": torch.arange(32)})
+    zero, ended = torch.zeros(env.action_space.shape), torch.zeros(32, dtype=torch.bool)
+    for _ in range(num_steps):
+        _, rewards, terminations, *_ = env.step(zero)
+        first = terminations & ~ended
+        assert torch.equal(returns[first], rewards[first])
+        ended |= terminations
+    assert bool(ended.all())
+    assert bool(returns.isfinite().all())
+
+
 def test_the_baseline_leaves_the_environment_alone(teacher, bank):
     env, other = residual(teacher, bank), residual(teacher, bank)
     env.reset(seed=3)
