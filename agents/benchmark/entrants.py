@@ -349,6 +349,8 @@ CHOSEN: dict[str, Settings] = {
 }
 # At 3 steps and more those of the trials at 4.
 CHOSEN_AT_4: dict[str, Settings] = {
+    "trajectory_regression": {**_WALK, "learning_rate": 2e-4, "batch_size": 32},
+    "backprop": {"learning_rate": 1e-4, "batch_size": 32},
     OURS: {"learning_rate": 1e-4},
     f"trajectory_regression{AFTER}": {"learning_rate": 5e-5},
 }
