@@ -214,6 +214,12 @@ def test_every_recipe_changes_the_student(teacher, bank, name):
     assert not torch.equal(weights(train(model)), start)
 
 
+def test_the_default_recipe_goes_slower_from_three_steps_on():
+    rates = [presets.preset("default", steps)["agent"]["learning_rate"] for steps in (1, 2, 3, 8)]
+    assert rates == [2e-4, 2e-4, 1e-4, 1e-4]
+    assert presets.preset("ddpo", 8) == presets.preset("ddpo")
+
+
 def test_recipes_are_copies():
     presets.preset("ddpo")["agent"]["eta"] = 7
     assert presets.preset("ddpo")["agent"]["eta"] == 1.0
