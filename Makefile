@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 ARGS ?=
+# A process a core, of one thread each; a file's tests share what is costly to make.
+PYTEST := -m pytest -n auto --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup distill test test-slow test-oldest audit lint format teacher bench benchmark clean
@@ -21,15 +23,15 @@ distill: $(READY) ## Distil the bundled teacher into a 4-step student (ARGS="--n
 	$(BIN)/python examples/distill.py $(ARGS)
 
 test: $(READY) ## Run the tests, except the slow ones
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not slow" $(ARGS)
 
 test-slow: $(READY) ## Run the slow tests
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m slow $(ARGS)
 
 test-oldest: ## Run the tests with the oldest packages that pyproject allows, but for torch
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[dev]"
-	.venv-oldest/bin/python -m pytest -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python $(PYTEST) -m "not slow" $(ARGS)
 
 audit: ## Look for known vulnerabilities in the pinned packages; fails where one is not known
 	$(PYTHON) -m venv .venv-audit
