@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from agents import baselines
 from agents.baselines import METHODS, Backprop, base
 from agents.baselines.base import refinements, snr_weight
+from agents.smaller import count_flops
 from redif_env import Denoiser, Teacher, TeacherBank, schedules, transition
 from redif_env.errors import InvalidArgumentError
 from redif_env.loading import noise_schedule
@@ -214,13 +215,29 @@ def test_the_ledger_is_what_the_networks_were_asked(world, name):
     assert result.ledger.seconds > 0
 
 
+def products(network, bank):
+    """Twice the multiplications of a row by hand: each weight is used once an output pixel."""
+    found = []
+
+    def count(layer, inputs, output):
+        found.append(2 * layer.weight.numel() * output[0, 0].numel())
+
+    layers = [each for each in network.modules() if isinstance(each, (nn.Conv2d, nn.Linear))]
+    hooks = [layer.register_forward_hook(count) for layer in layers]
+    network(bank.teacher_x_0[:1], bank.condition[:1])
+    for hook in hooks:
+        hook.remove()
+    return sum(found)
+
+
 def test_a_network_of_another_kind_counts_by_its_operations(teacher, bank):
     """A surrogate of digits, asked twice with its gradient, has a fortieth of the student's."""
     grid = schedules.uniform(teacher.denoiser.schedule, 1)
     student = teacher.denoiser
     run = base.Run(teacher, bank, grid, student, student, 1e-3, torch.Generator())
     network = ProjectionNetwork(student.latent_shape, student.num_classes)
-    assert 1 / 80 < run.share(network) < 1 / 20
+    assert run.share(network) == pytest.approx(products(network, bank) / count_flops(student))
+    assert 1 / 50 < run.share(network) < 1 / 30
     wide = ProjectionNetwork(student.latent_shape, student.num_classes, width=64)
     assert run.share(wide) > 3 * run.share(network)  # its inner layers grow fourfold
     reward = MSE() + CompressedSize()
