@@ -8,9 +8,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
 
 TEMPORARY = ".tmp"  # ends the names of folders that a killed process may leave
 CHUNK = 1 << 20
@@ -52,6 +55,15 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON as a whole, see `replacing`; what JSON does not know as text."""
     write_text(path, json.dumps(content, indent=2, default=str) + "\n")
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], about: dict[str, str] | None = None
+) -> None:
+    """Write tensors of any device, and texts, as one safetensors file, see `replacing`."""
+    kept = {name: each.detach().cpu().contiguous() for name, each in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(kept, temporary, about)
 
 
 def remove_temporaries(folder: Path) -> None:

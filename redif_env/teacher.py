@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -24,7 +23,7 @@ from .code_key import own_code
 from .codec import Codec
 from .denoiser import Denoiser
 from .errors import CacheError, InvalidArgumentError, check_choice, check_device, check_integer
-from .files import replacing
+from .files import write_tensors
 from .noise import NoiseSchedule, VPSchedule
 
 # Independent streams of noise: each split adds its own constant to the seed's hash.
@@ -455,8 +454,7 @@ def _read(path: Path, key: str) -> TeacherBank | None:
 
 def _write(path: Path, bank: TeacherBank, key: str) -> None:
     tensors = bank._tensors()
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, {"key": key, "digest": digest_of(tensors)})
+    write_tensors(path, tensors, {"key": key, "digest": digest_of(tensors)})
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:

@@ -8,24 +8,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from redif_env import schedules
 from redif_env.errors import check_choice
-from redif_env.files import replacing, write_text
+from redif_env.files import write_tensors, write_text
 
 from ..baselines import Ledger, Result
 from ..comparison import Drawn, measure
 from ..pictures import columns
 from ..reporting import versions
+from . import students
 from .entrants import ENTRANTS, GRID, TRIALS, UNIFORM, Entrant, chosen, solve
 from .tasks import Task
 
@@ -114,7 +115,8 @@ class Runs:
         task: The task.
         lines: File of figures, a JSON object a line. What is resampled is in the folder of the same
             name without suffix.
-        folder: Of all samples, searched grids and locks.
+        folder: Of all samples, students, searched grids and locks. With other test tasks a student
+            that is there is judged, and not trained again.
     """
 
     def __init__(self, task: Task, lines: Path, folder: Path) -> None:
@@ -197,21 +199,38 @@ class Runs:
         if entrant.train is None:
             result = solve(entrant, task, run.num_steps)
         else:
-            settings = dict(run.settings)
-            grid, spent = task.uniform(run.num_steps), 0
-            if settings.pop(GRID, None) != UNIFORM:
-                grid, spent = self.grid(run.num_steps)
-            result = entrant.train(task, grid, run.budget, run.seed, **settings)
-            result.ledger.evaluations["search"] += spent
+            result = self._trained(run, entrant.train)
         samples = result.sample(task.test.x_T, task.test.condition).detach().contiguous()
         line = self._line(run, result, samples)
-        _save(self._samples(run), {SAMPLES: samples})
+        write_tensors(self._samples(run), {SAMPLES: samples})
         self._keep(run, samples)
         self.lines.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{self.lines}.lock"):
             kept = [other for other in self.read() if not _same(other, line)]
             write_text(self.lines, "".join(json.dumps(each) + "\n" for each in (*kept, line)))
         return line
+
+    def _trained(self, run: Run, train: Callable[..., Result]) -> Result:
+        """The student of a run, trained now unless it was before."""
+        task, path = self.task, self.folder / f"{run.label}.student.safetensors"
+        start = task.start or task.teacher.denoiser
+        trained = {
+            **dataclasses.asdict(run),
+            "recipe": run.entrant.recipe,
+            "bank": self._bank,
+            "teacher": task.teacher.fingerprint(),
+            "reward": task.reward.name,
+        }
+        result = students.load(path, start, trained)
+        if result is None:
+            settings = dict(run.settings)
+            grid, spent = task.uniform(run.num_steps), 0
+            if settings.pop(GRID, None) != UNIFORM:
+                grid, spent = self.grid(run.num_steps)
+            result = train(task, grid, run.budget, run.seed, **settings)
+            result.ledger.evaluations["search"] += spent
+            students.save(path, result, trained)
+        return result
 
     def _line(self, run: Run, result: Result, samples: Tensor) -> dict[str, Any]:
         task = self.task
@@ -242,7 +261,7 @@ class Runs:
         tensors |= {name: values.float() for name, (_, values) in drawn.items()}
         tensors |= {name + ESTIMATE: estimate for name, (estimate, _) in drawn.items()}
         self.kept.mkdir(parents=True, exist_ok=True)
-        _save(self._kept(run), tensors, {IDENTITY: self.task.identity})
+        write_tensors(self._kept(run), tensors, {IDENTITY: self.task.identity})
 
     def _is_kept(self, run: Run) -> bool:
         if not self._kept(run).exists():
@@ -255,13 +274,6 @@ class Runs:
 
     def _samples(self, run: Run) -> Path:
         return self.folder / f"{run.label}.safetensors"
-
-
-def _save(path: Path, tensors: dict[str, Tensor], about: dict[str, str] | None = None) -> None:
-    with replacing(path) as temporary:
-        save_file(
-            {name: each.cpu().contiguous() for name, each in tensors.items()}, temporary, about
-        )
 
 
 def _flat(settings: Mapping[str, Any], above: str = "") -> list[tuple[str, Any]]:

@@ -280,6 +280,31 @@ def test_training_on_other_tasks_or_by_another_recipe_is_another_run(task, tmp_p
     assert runs.find(solver) is not None
 
 
+def test_a_student_is_judged_on_other_tasks_without_training(task, tmp_path, monkeypatch):
+    runs = make_runs(task, tmp_path)
+    run, rival = Run(OURS, 1, 0, 200, {"num_envs": 16}), Run("backprop", 2, 0, 200)
+    runs.execute([run, rival])
+    before = {each.method: runs.samples(each) for each in (run, rival)}
+    lines = {line["method"]: line for line in runs.read()}
+
+    def refuse(*args, **options):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(entrants_module.reinforcement, "train", refuse)
+    monkeypatch.setattr(entrants_module.METHODS["backprop"], "train", refuse)
+    other = make_runs(dataclasses.replace(task, test=task.test.subset(40)), tmp_path)
+    other.execute([run, rival])
+    for each in (run, rival):
+        assert torch.equal(other.samples(each), before[each.method][:40])
+        line = other.find(each)
+        assert line["num_test"] == 40
+        untrained = ("ledger", "updates", "seconds", "history", "timesteps", "nfe")
+        assert {k: line[k] for k in untrained} == {k: lines[each.method][k] for k in untrained}
+    fewer = make_runs(dataclasses.replace(task, train=task.train.subset(32)), tmp_path)
+    with pytest.raises(AssertionError, match="trained again"):
+        fewer.execute([run])
+
+
 @pytest.mark.usefixtures("quick")
 def test_the_report_says_who_is_better(task, tmp_path):
     """Ours, barely trained, against back-propagation and against the teacher's own answers."""
@@ -354,6 +379,7 @@ def test_an_adaptive_entrant_counts_the_steps_that_samples_take(task, tmp_path):
     # It is the teacher's network: only the times differ, and the grid has two more than asked for.
     assert len(line["timesteps"]) == 2 + 2 + 1
     assert line["ledger"]["search"] > 2 * 32 * 2
+    assert not list(runs.folder.glob("*.student.safetensors"))  # weights alone would not do
 
 
 def test_measure_is_zero_for_the_answers_themselves(task):
