@@ -37,6 +37,8 @@ class Args:
     """Network-forward equivalents that each training may spend."""
     num_train: int = 6144
     """Training tasks; figures of another number than the default's have files of their own."""
+    num_validation: int = 512
+    """Tasks that grids are searched on."""
     num_test: int = 2000
     """Test tasks."""
     workers: int = 1
@@ -60,7 +62,8 @@ def work(args: Args) -> None:
 
 def open_runs(args: Args) -> Runs:
     """The task's runs, or its trials."""
-    task = make_task(args.task, Sizes(train=args.num_train, test=args.num_test), args.teacher)
+    sizes = Sizes(args.num_train, args.num_validation, args.num_test)
+    task = make_task(args.task, sizes, args.teacher)
     if args.num_train != Args.num_train:
         task = dataclasses.replace(task, name=f"{task.name}-{args.num_train}")
     name = f"{task.name}-tuning" if args.tune else task.name

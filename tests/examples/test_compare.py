@@ -21,6 +21,7 @@ def args(tmp_path):
         budget=3000,
         num_train=64,
         num_test=64,
+        num_validation=32,
         results=tmp_path / "results",
         samples=tmp_path / "samples",
     )
