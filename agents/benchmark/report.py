@@ -15,7 +15,7 @@ from redif_env.files import replacing, write_json, write_text
 from ..comparison import weigh
 from ..pictures import columns, save_samples
 from .entrants import ENTRANTS, OURS
-from .runs import Run, Runs
+from .runs import STANDARD, Run, Runs
 from .tasks import REWARD
 
 # Of ours, those that the others are compared with, in this order.
@@ -41,7 +41,7 @@ def report(runs: Runs, planned: Sequence[Run], folder: Path) -> str:
     `TASK-nfe.png`, `TASK-cost.png` and `TASK-samples.png` to the folder.
     """
     sections, compared = [], {}
-    for num_steps in sorted({run.num_steps for run in planned}):
+    for num_steps in sorted({run.num_steps for run in planned if run != STANDARD}):
         finished = find_finished(runs, [run for run in planned if run.num_steps == num_steps])
         if finished:
             found = compare(runs, finished)
@@ -52,11 +52,14 @@ def report(runs: Runs, planned: Sequence[Run], folder: Path) -> str:
             _draw_samples(runs, finished, folder)
     if not compared:
         return "No run is finished."
+    if standard := weigh_standard(runs, planned):
+        sections.append(_standard_table(standard))
     name = runs.task.name
     written = {
         "date": datetime.date.today().isoformat(),
         "hardware": f"{platform.machine()}, {runs.task.teacher.device}",
         "steps": compared,
+        "standard": standard,
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / f"{name}.json", written)
@@ -92,6 +95,39 @@ def compare(runs: Runs, finished: Finished) -> dict[str, Any]:
             "settings": lines[0]["settings"],
         }
     return found
+
+
+def weigh_standard(runs: Runs, planned: Sequence[Run]) -> dict[str, Any]:
+    """Ours of each number of steps against many steps of a solver, plain data by name.
+
+    Each is compared alone: who asks for the fewest steps goes down from the most, and stops where
+    a verdict fails, which needs no correction.
+    """
+    found: dict[str, Any] = {}
+    if STANDARD not in planned or runs.find(STANDARD) is None:
+        return found
+    for num_steps in sorted({run.num_steps for run in planned if run.method == OURS}):
+        same = [run for run in planned if (run.method, run.num_steps) == (OURS, num_steps)]
+        if finished := find_finished(runs, same):
+            name = f"{OURS}, {_title(num_steps)}"
+            own = [runs.drawn(run) for run, _ in finished[OURS]]
+            drawn = {name: own, STANDARD.label: [runs.drawn(STANDARD)]}
+            found[name] = weigh(drawn, runs.task.bench, [name])
+    return found
+
+
+def _standard_table(found: Mapping[str, Any]) -> str:
+    """One row for each number of steps of ours, and one for the solver."""
+    title = f"{_title(STANDARD.num_steps)} of `{STANDARD.method}`"
+    solver = next(iter(found.values()))["methods"][STANDARD.label]
+    figures = [name for name in TITLES if name in solver]
+    rows = [["", *(TITLES[name] for name in figures), "against the solver"]]
+    rows += [["---"] * len(rows[0])]
+    for name, each in found.items():
+        cells = [_cell(each["methods"][name][figure], figure) for figure in figures]
+        rows.append([name, *cells, _verdicts(each, name, STANDARD.label)])
+    rows.append([title, *(_cell(solver[figure], figure) for figure in figures), ""])
+    return f"## How many steps do for {title}\n\n{_markdown(rows)}"
 
 
 def table(finished: Finished, found: Mapping[str, Any]) -> str:

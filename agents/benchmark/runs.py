@@ -27,7 +27,7 @@ from ..comparison import Drawn, measure
 from ..pictures import columns
 from ..reporting import versions
 from . import students
-from .entrants import ENTRANTS, GRID, TRIALS, UNIFORM, Entrant, chosen, solve
+from .entrants import ENTRANTS, GRID, OURS, SEARCHED, TRIALS, UNIFORM, Entrant, chosen, solve
 from .tasks import Task
 
 SAMPLES = "x_0"
@@ -66,6 +66,10 @@ class Run:
         return f"{self.method}-{self.num_steps}-{self.seed}-{self.budget}{changed}"
 
 
+# What many steps of a good solver give: how few of ours do?
+STANDARD = Run("dpmpp2m" + SEARCHED, 16, 0, 0)
+
+
 def plan(
     methods: Iterable[str],
     num_steps: Iterable[int],
@@ -75,7 +79,8 @@ def plan(
 ) -> list[Run]:
     """Runs, all methods of a seed before the next seed, so that an early stop is fair.
 
-    Settings are those that were chosen for `task`.
+    Settings are those that were chosen for `task`. Last comes `STANDARD`, if its solver and ours
+    are asked for.
 
     Raises:
         InvalidArgumentError: for an unknown method.
@@ -92,6 +97,8 @@ def plan(
                     runs.append(Run(name, number, seed, budget, settings))
                 elif place == 0:
                     runs.append(Run(name, number, 0, 0))
+    if {OURS, STANDARD.method} <= {*methods} and STANDARD not in runs:
+        runs.append(STANDARD)
     return runs
 
 

@@ -23,7 +23,10 @@ from agents.benchmark import (
     taking_part,
 )
 from agents.benchmark import entrants as entrants_module
-from agents.benchmark.report import compare, find_finished, report, tuning_table
+from agents.benchmark import report as report_module
+from agents.benchmark import runs as runs_module
+from agents.benchmark.report import compare, find_finished, report, tuning_table, weigh_standard
+from agents.benchmark.runs import STANDARD
 from agents.benchmark.tasks import Mixture, unconditional
 from agents.comparison import Method, evaluate, measure
 from redif_env import load_teacher, schedules
@@ -310,6 +313,7 @@ def test_the_report_says_who_is_better(task, tmp_path):
     """Ours, barely trained, against back-propagation and against the teacher's own answers."""
     runs = make_runs(task, tmp_path / "runs")
     planned = plan(["ddim", "dpmpp2m+search", "backprop", OURS], [1, 2], [0, 1], BUDGET)
+    assert planned.pop() == STANDARD
     assert report(runs, planned, tmp_path) == "No run is finished."
     runs.execute(planned)
     text = report(runs, planned, tmp_path)
@@ -339,6 +343,30 @@ def test_the_report_says_who_is_better(task, tmp_path):
     for name in ("mixture-nfe.png", "mixture-cost.png"):
         assert (tmp_path / name).stat().st_size > 1000
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_few_steps_are_weighed_against_many_of_a_solver(task, tmp_path, monkeypatch):
+    """Against a stand-in of one step, which is cheap to search and worse than two trained ones."""
+    standard = Run("dpmpp2m+search", 1, 0, 0)
+    for module in (runs_module, report_module):
+        monkeypatch.setattr(module, "STANDARD", standard)
+    runs = make_runs(task, tmp_path)
+    settings = {"num_envs": 16}
+    planned = [Run(OURS, 2, seed, 3000, settings) for seed in (0, 1)]
+    runs.execute(planned)
+    assert weigh_standard(runs, planned) == {}
+    planned += [standard]
+    assert weigh_standard(runs, planned) == {}  # not run yet
+    runs.execute([standard])
+    found = weigh_standard(runs, planned)
+    (each,) = found.values()
+    assert {row["verdict"] for row in each["comparisons"] if row["figure"] == "paired_mse"} == {
+        "better"
+    }
+    text = report(runs, planned, tmp_path)
+    assert "How many steps do for 1 step of `dpmpp2m+search`" in text
+    assert "## 1 step\n" not in text  # it is nobody's rival at its own number of steps
+    assert json.loads((tmp_path / "mixture.json").read_text())["standard"].keys() == found.keys()
 
 
 @pytest.mark.usefixtures("quick")
