@@ -20,6 +20,7 @@ import platform
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
+from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import trange
 
 from agents import ReDiFPPO, StudentPolicy, TorchVecEnv
@@ -51,6 +53,7 @@ EVERY_STEP: dict[str, Any] = {
     "eta": 1.0,
     "min_std": 0.02,
 }
+NUM_COSTS = 3
 GROWTH: dict[str, tuple[int, ...]] = {
     "num_envs": (64, 256, 1024, 4096),
     "elements": (64, 1024, 16384, 65536),
@@ -324,6 +327,35 @@ def memory_rows(model: ReDiFPPO) -> dict[str, float]:
     return result
 
 
+def time_by_operation(work: Work, device: str) -> Counter[str]:
+    """Microseconds that each of torch's operations takes on the device, without those it calls."""
+    cuda = device.startswith("cuda")
+    activity = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
+    with profile(activities=[activity], acc_events=True) as profiler:
+        work()
+    name = "self_device_time_total" if cuda else "self_cpu_time_total"
+    return Counter({each.key: int(getattr(each, name)) for each in profiler.key_averages()})
+
+
+def cost_rows(model: ReDiFPPO, repeats: int, device: str) -> list[dict[str, Any]]:
+    """The dearest operations of a rollout and its update, and the dearest around the network."""
+
+    def bare() -> None:
+        bare_rollout(model)
+        bare_update(model)
+
+    full, less = Counter[str](), Counter[str]()
+    for _ in range(repeats):
+        full += time_by_operation(iteration(model), device)
+        less += time_by_operation(bare, device)
+    around = full - less
+    return [
+        {"where": where, "operation": name, "share": took / full.total()}
+        for where, times in (("all", full), ("around the network", around))
+        for name, took in times.most_common(NUM_COSTS)
+    ]
+
+
 def measure_growth(args: Args) -> list[dict[str, Any]]:
     """Time around a trivial network, one quantity after the other grown from `GROWTH_START`."""
     rows = []
@@ -378,6 +410,7 @@ def measure(args: Args) -> dict[str, Any]:
             "bank's tasks a second": args.bank_size / rows[2].seconds,
         },
         "memory": memory_rows(model),
+        "costs": cost_rows(model, args.repeats, args.device),
         "growth": measure_growth(args) if args.growth else [],
         "machine": {
             "device": torch.cuda.get_device_name() if args.device[:4] == "cuda" else "cpu",
@@ -398,6 +431,9 @@ def show(result: dict[str, Any]) -> None:
     for part in ("rates", "memory"):
         for name, value in result[part].items():
             print(f"{name:46}{value:21.2f}")
+    for row in result["costs"]:
+        name = f"{row['operation']} ({row['where']})"
+        print(f"{name:58}{row['share']:9.1%}")
     for row in result["growth"]:
         name = f"trivial network, {row['grown']} {row[row['grown']]}"
         rate = row["num_envs"] * row["num_steps"] / row["rollout"]

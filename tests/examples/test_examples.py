@@ -64,6 +64,9 @@ def test_overhead_compares_with_bare_work_and_other_trainers(tmp_path, capsys):
     assert names[:3] == ["rollout", "update", "bank"]
     assert all(row["ratio"] > 0 for row in result["ratios"])
     assert result["memory"]["states and actions, latents"] == args.num_steps + 1
+    everything = [row for row in result["costs"] if row["where"] == "all"]
+    assert any("convolution" in row["operation"] for row in everything)
+    assert 0 < sum(row["share"] for row in everything) < 1
     assert "plain loop" in capsys.readouterr().out
 
 
