@@ -141,7 +141,7 @@ def train(
 
     def make() -> ReDiFPPO:
         own = copy.deepcopy(make_reward(reward))  # one that is trained starts anew
-        env_options, agent_options = recipe_options(preset, changes, own)
+        env_options, agent_options = recipe_options(preset, changes, own, len(grid) - 1)
         if start is not None and _differs(start, teacher.denoiser):
             description = describe(start, teacher.make_solver())
             agent_options["policy_kwargs"]["student"] = description
@@ -201,10 +201,10 @@ def _adaptively(result: Result, head: ScheduleHead, bank: TeacherBank) -> Result
 
 
 def recipe_options(
-    preset: str, changes: Mapping[str, Any], reward: Reward
+    preset: str, changes: Mapping[str, Any], reward: Reward, num_steps: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arguments of the environment and of the agent, for a recipe with changes, see `train`."""
-    recipe = presets.preset(preset)
+    recipe = presets.preset(preset, num_steps)
     env, policy, agent = recipe["env"], recipe["policy"], recipe["agent"]
     changes = {"decay": recipe["decay"], **changes}
     decays = changes.pop("decay")

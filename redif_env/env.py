@@ -41,15 +41,15 @@ class ReDiFEnv(gym.Env[Observation, np.ndarray]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
-        """Start an episode; see `ReDiFVectorEnv.reset`."""
+        """Start an episode; see `ReDiFVectorEnv.reset`. The info has the `task`, an int."""
         if seed is not None:
             seed = check_integer("seed", seed, 0)
         super().reset(seed=seed)
         # All randomness follows np_random, as Gymnasium asks.
         inner = None if seed is None else int(self.np_random.integers(2**62))
-        observation, _ = self._env.reset(seed=inner, options=options)
+        observation, infos = self._env.reset(seed=inner, options=options)
         self._ended, self._shown = False, self._env.state
-        return _numpy(observation), {}
+        return _numpy(observation), {"task": int(infos["task"][0])}
 
     def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Take one step; see `ReDiFVectorEnv.step`.
@@ -69,7 +69,8 @@ class ReDiFEnv(gym.Env[Observation, np.ndarray]):
             self._shown = self._env.state
             return _numpy(observation), float(reward[0]), False, False, {}
         self._shown = self._env.last_state
-        info = {name: _numpy(infos[name]) for name in ("episode", "reward_terms")}
+        info: dict[str, Any] = {name: _numpy(infos[name]) for name in ("episode", "reward_terms")}
+        info["task"] = int(infos["task"][0])
         if "reward_map" in infos:
             info["reward_map"] = infos["reward_map"][0].cpu().numpy().copy()
         return _numpy(infos["final_obs"]), float(reward[0]), True, False, info

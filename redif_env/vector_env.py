@@ -99,7 +99,8 @@ class ReDiFVectorEnv(VectorEnv):
         group_size: K neighbouring rows that share tasks; must divide `num_envs`.
         residual: Whether actions correct a frozen student.
         residual_scale: What a residual action is multiplied by.
-        action_bound: Bound of the step output; default 10, or 1 when `residual`.
+        action_bound: Bound of the step output; default 10 times the schedule's `initial_std`,
+            or 1 when `residual`.
         bank: Tasks to use; default: `TeacherBank.build` with the next three.
         bank_size, split, bank_seed: Of the bank that is built, at the first reset.
         seed: Seed until `reset(seed=...)` gives another; drawn when None.

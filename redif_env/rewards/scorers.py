@@ -1,7 +1,7 @@
 """Teacher-free scores: CLIP and heads on it, ONNX graphs, and any function of tensors or images.
 
-All take samples that are images in [-1, 1], `(N, C, H, W)` with 1 or 3 channels, and have neither
-gradient nor map. A latent-diffusion student's samples must be decoded first.
+None has a gradient or a map. Those that look at pictures take samples that are images in [-1, 1],
+`(N, C, H, W)` with 1 or 3 channels: a latent-diffusion student's must be decoded first.
 """
 
 from __future__ import annotations

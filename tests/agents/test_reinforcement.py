@@ -10,7 +10,7 @@ from agents import reinforcement
 from agents.baselines import OutputRegression
 from redif_env import schedules
 from redif_env.errors import InvalidArgumentError
-from redif_env.rewards import Discriminator
+from redif_env.rewards import MSE, Discriminator
 
 GRID = torch.tensor([850.0, 300.0, 0.0])
 FEW = {"num_envs": 16, "batch_size": 16}
@@ -48,6 +48,14 @@ def test_the_ledger_is_what_networks_were_asked(teacher, bank, calls, preset, ro
     assert [record["iteration"] for record in result.history] == [1, 2]
     assert result.nfe == 2
     assert result.ledger.updates["student"] > 0
+
+
+def test_the_recipe_is_that_of_the_number_of_steps():
+    rates = [
+        reinforcement.recipe_options("default", {}, MSE(), num_steps)[1]["learning_rate"](1.0)
+        for num_steps in (2, 3)
+    ]
+    assert rates == [2e-4, 1e-4]
 
 
 def test_a_budget_buys_as_many_iterations_as_fit(teacher, bank):

@@ -35,13 +35,15 @@ def make(teacher, bank):
 def play(env, actions, **reset):
     """Reset, and step until the end; every observation, and the last reward and info."""
     observation, info = env.reset(**reset)
-    assert info == {}
+    assert info.keys() == {"task"}
+    task = info["task"]
     seen = [observation]
     for action in actions:
         observation, reward, terminated, truncated, info = env.step(action)
         seen.append(observation)
         assert not truncated
         if terminated:
+            assert info["task"] == task
             return seen, reward, info
         assert reward == 0
         assert info == {}
@@ -99,6 +101,7 @@ def test_it_is_a_row_of_the_vector_environment(make, teacher, bank, options):
     for name, value in seen[-1].items():
         np.testing.assert_allclose(value, infos["final_obs"][name][1].numpy(), atol=1e-5)
     assert info["episode"]["l"] == int(infos["episode"]["l"][1]) == len(seen) - 1
+    assert info["task"] == 3
     if "reward_map" in infos:
         np.testing.assert_allclose(info["reward_map"], infos["reward_map"][1].numpy(), atol=1e-4)
 
