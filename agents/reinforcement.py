@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -16,10 +17,10 @@ from torch import Tensor
 
 from redif_env import parallel, schedules
 from redif_env.denoiser import Denoiser
-from redif_env.errors import InvalidArgumentError, check_integer, check_number
+from redif_env.errors import InvalidArgumentError, check_choice, check_integer, check_number
 from redif_env.loading import describe
 from redif_env.rewards import Reward, make_reward, online_terms
-from redif_env.teacher import Teacher, TeacherBank
+from redif_env.teacher import Teacher, TeacherBank, architecture
 from redif_env.vector_env import FREE, ReDiFVectorEnv
 
 from . import presets
@@ -208,7 +209,9 @@ def recipe_options(
     env, policy, agent = recipe["env"], recipe["policy"], recipe["agent"]
     changes = {"decay": recipe["decay"], **changes}
     decays = changes.pop("decay")
+    known = (*ENV_OPTIONS, *POLICY_OPTIONS, *inspect.signature(ReDiFPPO).parameters)
     for name, value in changes.items():
+        check_choice("changes", name, known)
         place = env if name in ENV_OPTIONS else policy if name in POLICY_OPTIONS else agent
         place[name] = value
     if not reward.has_map:
@@ -252,9 +255,5 @@ class _Follower(IterationCallback):
 
 
 def _differs(student: Denoiser, teacher: Denoiser) -> bool:
-    """Whether the two have other architectures, as far as their weights show."""
-    own, other = (
-        {name: weight.shape for name, weight in denoiser.network.state_dict().items()}
-        for denoiser in (student, teacher)
-    )
-    return own != other
+    """Whether the two have other architectures."""
+    return architecture(student.network) != architecture(teacher.network)

@@ -75,7 +75,7 @@ def planned(args: Args, runs: Runs) -> list:
     """The runs that the arguments ask for."""
     methods = args.methods or taking_part(runs.task)
     if args.tune:
-        return plan_trials(methods)
+        return plan_trials(methods, args.task)
     return plan(methods, args.num_steps, args.seeds, args.budget, args.task)
 
 

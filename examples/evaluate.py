@@ -163,7 +163,8 @@ def choose_judge(args: Args, tasks: Tasks | None) -> Judge | None:
 @torch.no_grad()
 def draw(path: Path, tasks: Tasks | None, args: Args) -> Drawn:
     """What a model answers to the tasks, or the samples that a file or folder holds."""
-    if path.suffix in SAMPLE_FILES or (path.is_dir() and any(path.glob("*.png"))):
+    pictures = not (path / "student").is_dir() and any(path.glob("*.png"))  # a run has some, too
+    if path.suffix in SAMPLE_FILES or pictures:
         return read_samples(path, None if tasks is None else tasks.bank, args.device)
     folder = find_folder(path)
     if tasks is None:

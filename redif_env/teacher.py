@@ -137,7 +137,7 @@ class Teacher:
             self.denoiser.null_class,
             self.denoiser.latent_shape,
             _scales(self.denoiser.schedule),
-            *_architecture(self.denoiser.network),
+            *architecture(self.denoiser.network),
             *own_code(self.denoiser.network, self.denoiser.call),
         ]
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
@@ -274,7 +274,7 @@ def _scales(schedule: NoiseSchedule) -> list[Any]:
     return [schedule.initial_std, schedule.alpha(times).tolist(), schedule.sigma(times).tolist()]
 
 
-def _architecture(network: Any) -> list[Any]:
+def architecture(network: Any) -> list[Any]:
     """Name and settings of a network: the same weights can be read in more than one way."""
     config = getattr(network, "config", None)
     if not isinstance(config, Mapping):

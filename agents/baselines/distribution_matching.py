@@ -63,7 +63,8 @@ class DistributionMatching(Method):
             n_epochs=1,
             seed=run.generator.initial_seed(),
         )
-        self.share = run.share(self.discriminator.network) if self.gan_weight else 0.0
+        network = self.discriminator.network.to(run.device)
+        self.share = run.share(network) if self.gan_weight else 0.0
 
     def loss(self, rows: Tensor) -> Tensor:
         run = self.run

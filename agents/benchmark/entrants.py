@@ -8,6 +8,7 @@ settings that were tried; `CHOSEN` and its like those that were best on validati
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,13 +20,15 @@ from redif_env.denoiser import Denoiser
 from redif_env.rewards import MMD, Discriminator, Reward
 
 from .. import baselines, presets, reinforcement
-from ..baselines import METHODS, SOLVERS, Ledger, Result
+from ..baselines import METHODS, SOLVERS, Ledger, Method, Result
 from .tasks import IMAGES, MIXTURE, Task
 
 SEARCHED = "+search"
 SURROGATE = "surrogate"  # only where the reward has no gradient
 GRID, UNIFORM = "grid", "uniform"  # a setting: not the searched grid
 EMA_DECAY = 0.95
+AVERAGED: dict[str, Any] = {"ema_decay": EMA_DECAY}
+NUM_LIKE = 512  # answers that an MMD compares samples with
 Settings = dict[str, Any]
 
 
@@ -38,7 +41,7 @@ class Entrant:
         train: `train(task, grid, budget, seed, **settings)`; None for a solver.
         solver: The solver, for one.
         searched: Whether its grid is searched; a solver's with that solver, else with DDIM.
-        changes: Of ours, to the default recipe, beside a run's settings.
+        changes: To the default recipe, or all of a rival's defaults, beside a run's settings.
         fewest: Steps from which on it is another than the one before.
     """
 
@@ -51,9 +54,9 @@ class Entrant:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """Of ours, all that settings are added to; else nothing. Plain data."""
+        """All that settings are added to, as plain data; nothing of a solver."""
         if self.kind != "ours":
-            return {}
+            return self.changes
         changes = dict(self.changes)
         return {**presets.preset(changes.pop("preset", "default")), **changes}
 
@@ -72,7 +75,16 @@ def _rival(name: str) -> Entrant:
             **settings,
         )
 
-    return Entrant("rival", train)
+    return Entrant("rival", train, changes=_defaults(METHODS[name]))
+
+
+def _defaults(method: type[Method]) -> dict[str, Any]:
+    """How a method trains where settings say nothing."""
+    signatures = inspect.signature(method.train), inspect.signature(method)
+    values = {name: p.default for each in signatures for name, p in each.parameters.items()}
+    del values["seed"]
+    plain = {name: value for name, value in values.items() if isinstance(value, (int, float, str))}
+    return {**plain, "ema_decay": EMA_DECAY}
 
 
 def _ours(reward: Callable[[Task], Reward] = lambda task: task.reward, **recipe: Any) -> Entrant:
@@ -81,7 +93,7 @@ def _ours(reward: Callable[[Task], Reward] = lambda task: task.reward, **recipe:
             task, grid, budget, seed, task.start, reward(task), {**recipe, **settings}
         )
 
-    return Entrant("ours", train, changes=recipe)
+    return Entrant("ours", train, changes={**AVERAGED, **recipe})
 
 
 def _reinforce(
@@ -101,7 +113,7 @@ def _reinforce(
         seed=seed,
         start=start,
         reward=reward,
-        **{"ema_decay": EMA_DECAY, **recipe},
+        **{**AVERAGED, **recipe},
     )
 
 
@@ -118,7 +130,8 @@ def _warm(name: str) -> Entrant:
         result = _reinforce(task, grid, left, seed, began.student, task.reward, settings)
         return dataclasses.replace(result, ledger=_added(began.ledger, result.ledger))
 
-    return Entrant("ours", train)
+    began = _defaults(METHODS[name])
+    return Entrant("ours", train, changes={**AVERAGED, "first": began})
 
 
 def _added(first: Ledger, second: Ledger) -> Ledger:
@@ -162,8 +175,8 @@ def _one_more(grid: Tensor, task: Task) -> Tensor:
 
 
 def _mmd(task: Task) -> Reward:
-    """Beside the error: the answers to other noise are what samples are to look like."""
-    return task.reward + 0.1 * MMD(reference=task.validation.teacher_x_0)
+    """Beside the error: the answers to training tasks are what samples are to look like."""
+    return task.reward + 0.1 * MMD(reference=task.train.subset(NUM_LIKE).teacher_x_0)
 
 
 def _discriminator(task: Task) -> Reward:
@@ -192,7 +205,7 @@ ENTRANTS: dict[str, Entrant] = {
     **{first + AFTER: _warm(first) for first in FIRST},
     GAUSSIAN: _ours(exploration_noise="gaussian"),
     f"{OURS}-times": _ours(learned=True),
-    f"{OURS}-adaptive": Entrant("ours", _adaptive, changes=ADAPTIVE),
+    f"{OURS}-adaptive": Entrant("ours", _adaptive, changes={**AVERAGED, **ADAPTIVE}),
     f"{OURS}-mmd": _ours(_mmd),
     f"{OURS}-discriminator": _ours(_discriminator),
     "grpo": _ours(preset="grpo"),
@@ -235,11 +248,13 @@ class Trials(NamedTuple):
         num_steps: Of the students.
         budget: Of each training.
         settings: Of each method.
+        task: On which task; None: on those without trials of their own.
     """
 
     num_steps: int
     budget: int
     settings: dict[str, Sequence[Settings]]
+    task: str | None = None
 
 
 # What follows the teacher's trajectory learns worse on a grid that calls noise by another time.
@@ -247,6 +262,7 @@ _UNIFORM: Settings = {"grid": UNIFORM}
 _WALK: Settings = {"teacher_steps": 12}
 _RATES = _rates(1e-4, 2e-4, 5e-4, 1e-3)
 _SIZES = ((5e-4, 128), (5e-4, 64), (2e-4, 64), (2e-4, 32))
+_OF_POINTS = (*_rates(1e-3, 3e-3), *_sizes((1e-3, 64), (3e-4, 64)))
 TRIALS = (
     Trials(
         2,
@@ -324,6 +340,33 @@ TRIALS = (
                 *(setting for n in (1, 2) for setting in _sizes((1e-4, 128), n_epochs=n)),
             ),
         },
+    ),
+    Trials(
+        2,
+        100_000,
+        {
+            "trajectory_regression": _sizes((2e-4, 16), (4e-4, 16), **_WALK),
+            "backprop": _sizes((1e-4, 16), (2e-4, 16)),
+            OURS: _sizes((2e-4, 64), (1e-4, 64), num_envs=128),
+        },
+        IMAGES,
+    ),
+    Trials(
+        2,
+        1_000_000,
+        {
+            "output_regression": _OF_POINTS,
+            "trajectory_regression": tuple({**_WALK, **each} for each in _OF_POINTS),
+            "progressive": _OF_POINTS,
+            "consistency": _OF_POINTS,
+            "distribution_matching": (
+                *_rates(1e-4, 5e-4, batch_size=64, fake_updates=2),
+                *_rates(5e-4, 1e-3, batch_size=256, fake_updates=2),
+            ),
+            "backprop": _OF_POINTS,
+            OURS: _OF_POINTS,
+        },
+        MIXTURE,
     ),
 )
 # The best at 2 steps by paired MSE; of distribution matching, which pairs nothing, by Frechet

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import platform
 from collections.abc import Mapping, Sequence
@@ -16,11 +17,10 @@ from ..comparison import weigh
 from ..pictures import columns, save_samples
 from .entrants import ENTRANTS, OURS
 from .runs import STANDARD, Run, Runs
-from .tasks import REWARD
+from .tasks import RANKED, REWARD
 
 # Of ours, those that the others are compared with, in this order.
 HEADLINE = (OURS,)
-RANKED = (REWARD, "paired_mse", "frechet", "sliced_wasserstein")  # for verdicts
 TITLES = {
     REWARD: "reward",
     "paired_mse": "paired MSE",
@@ -64,7 +64,7 @@ def report(runs: Runs, planned: Sequence[Run], folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / f"{name}.json", written)
     _draw_quality(compared, folder / f"{name}-nfe.png")
-    _draw_cost(runs.read(), compared, folder / f"{name}-cost.png")
+    _draw_cost(_comparable(runs, planned), compared, folder / f"{name}-cost.png")
     text = "\n\n".join([_opening(runs, compared), overview(compared), *sections]) + "\n"
     write_text(folder / f"{name}.md", text)
     return text
@@ -164,8 +164,8 @@ def overview(compared: Mapping[int, Mapping[str, Any]]) -> str:
     first = next(iter(all_found[0]["methods"].values()))
     figure = REWARD if REWARD in first else "paired_mse"
     names = dict.fromkeys(name for found in all_found for name in found["methods"])
-    last = all_found[-1]["methods"]
-    order = sorted(names, key=lambda n: (_KINDS[ENTRANTS[n].kind], _badness(last.get(n, first))))
+    last = {name: own for found in all_found for name, own in found["methods"].items()}
+    order = sorted(names, key=lambda n: (_KINDS[ENTRANTS[n].kind], _badness(last[n])))
     rows = [[TITLES[figure], *(_title(steps) for steps in compared)], ["---"] * (len(compared) + 1)]
     rows += [[name, *(_brief(found, name, figure) for found in all_found)] for name in order]
     return _markdown(rows)
@@ -207,16 +207,24 @@ def summary(found: Mapping[str, Any]) -> str:
 
 
 def tuning_table(lines: Sequence[dict[str, Any]]) -> str:
-    """Trials in Markdown, best first, for each number of steps, budget and method."""
-    titles = ("method", "steps", "budget, k", "settings", "paired MSE", "Frechet")
-    rows = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    order = ("num_steps", "budget", "method", "paired_mse")
-    for line in sorted(lines, key=lambda each: tuple(each[name] for name in order)):
+    """Trials in Markdown, for each number of steps, budget and method.
+
+    Best first: by the reward where it has no gradient, else by paired MSE.
+    """
+    figures = [name for name in (REWARD, "paired_mse", "frechet") if any(name in x for x in lines)]
+    titles = ["method", "steps", "budget, k", "settings"]
+    rows = [titles + [TITLES.get(name, name).removeprefix("excess ") for name in figures]]
+    rows.append(["---"] * len(rows[0]))
+    same = ("num_steps", "budget", "method")
+    for line in sorted(lines, key=lambda x: (*(x[name] for name in same), _cost_of(x))):
         settings = ", ".join(f"{name} {value}" for name, value in line["settings"].items())
-        frechet = f"{line['frechet']:.3f}" if "frechet" in line else "-"
-        about = f"{line['method']} | {line['num_steps']} | {line['budget'] / 1000:.0f} | {settings}"
-        rows.append(f"| {about} | {line['paired_mse']:.5f} | {frechet} |")
-    return "\n".join(rows)
+        about = [line["method"], str(line["num_steps"]), f"{line['budget'] / 1000:.0f}", settings]
+        rows.append(about + [_short(line[name]) if name in line else "-" for name in figures])
+    return _markdown(rows)
+
+
+def _cost_of(line: Mapping[str, Any]) -> float:
+    return -line[REWARD] if REWARD in line else line["paired_mse"]
 
 
 def _opening(runs: Runs, compared: Mapping[int, Any]) -> str:
@@ -311,21 +319,20 @@ def _draw_quality(compared: Mapping[int, Any], path: Path) -> None:
     _save(figure, path)
 
 
+def _comparable(runs: Runs, planned: Sequence[Run]) -> list[dict[str, Any]]:
+    """The lines of the planned runs, and of the same with other budgets."""
+    budgets = {line["budget"] for line in runs.read() if line["budget"]}
+    trained = [run for run in planned if run.budget]
+    same = [dataclasses.replace(run, budget=budget) for run in trained for budget in budgets]
+    return [line for run in same if (line := runs.find(run)) is not None]
+
+
 def _draw_cost(lines: Sequence[Mapping[str, Any]], compared: Mapping[int, Any], path: Path) -> None:
     """Paired MSE against what training cost, at every budget that was run."""
     figure = Figure(figsize=(4.2 * len(compared), 4), layout="constrained")
     axes = figure.subplots(1, len(compared), squeeze=False)[0]
     for place, num_steps in zip(axes, compared, strict=True):
-        settings = {
-            n: each["runs"]["settings"] for n, each in compared[num_steps]["methods"].items()
-        }
-        own = [
-            line
-            for line in lines
-            if line["num_steps"] == num_steps
-            and line["budget"]
-            and line["settings"] == settings.get(line["method"])
-        ]
+        own = [line for line in lines if line["num_steps"] == num_steps]
         for name in dict.fromkeys(line["method"] for line in own):
             points: dict[int, list[Mapping[str, Any]]] = {}
             for line in own:

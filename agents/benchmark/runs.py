@@ -7,6 +7,7 @@ interrupted is started anew.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,11 +25,12 @@ from redif_env.files import write_tensors, write_text
 
 from ..baselines import Ledger, Result
 from ..comparison import Drawn, measure
+from ..guards import TrainingDivergedError
 from ..pictures import columns
 from ..reporting import versions
 from . import students
 from .entrants import ENTRANTS, GRID, OURS, SEARCHED, TRIALS, UNIFORM, Entrant, chosen, solve
-from .tasks import Task
+from .tasks import RANKED, Task
 
 SAMPLES = "x_0"
 ESTIMATE = ".estimate"
@@ -102,11 +104,13 @@ def plan(
     return runs
 
 
-def plan_trials(methods: Iterable[str]) -> list[Run]:
-    """All trials of the methods that have any."""
+def plan_trials(methods: Iterable[str], task: str = "digits") -> list[Run]:
+    """All trials of the methods that have any on this task."""
+    own = task if any(trials.task == task for trials in TRIALS) else None
     return [
         Run(name, trials.num_steps, TUNING_SEED, trials.budget, settings)
         for trials in TRIALS
+        if trials.task == own
         for name in methods
         for settings in trials.settings.get(_known(name), ())
     ]
@@ -139,17 +143,32 @@ class Runs:
     def find(self, run: Run) -> dict[str, Any] | None:
         """The line of a run whose resampled figures are there and of this task, or None.
 
-        Training on another number of tasks, or by another recipe, is another run.
+        Another teacher, recipe or number of tasks makes it another run.
         """
         if not self._is_kept(run):
             return None
-        wanted = {**dataclasses.asdict(run), "recipe": run.entrant.recipe}
-        if run.entrant.train is not None:
-            wanted["bank"] = self._bank
+        wanted = self._about(run)
+        if run.entrant.train is None:
+            del wanted["bank"]
         for line in self.read():
             if all(line.get(name) == value for name, value in wanted.items()):
                 return line
         return None
+
+    def _about(self, run: Run) -> dict[str, Any]:
+        """What tells its line from those of other runs."""
+        return {
+            **dataclasses.asdict(run),
+            "recipe": run.entrant.recipe,
+            "teacher": self._teacher,
+            "bank": self._bank,
+            "num_validation": len(self.task.validation),
+            "num_test": len(self.task.test),
+        }
+
+    @functools.cached_property
+    def _teacher(self) -> str:
+        return self.task.teacher.fingerprint()
 
     @property
     def _bank(self) -> int:
@@ -175,7 +194,10 @@ class Runs:
         return load_file(self._samples(run))[SAMPLES]
 
     def execute(self, runs: Sequence[Run]) -> None:
-        """Do what is missing and nobody else is doing."""
+        """Do what is missing and nobody else is doing.
+
+        A training that diverges is said so, leaves nothing, and is tried again the next time.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         for number, run in enumerate(runs, 1):
             lock = FileLock(self.folder / f"{run.label}.lock")
@@ -184,14 +206,19 @@ class Runs:
             except Timeout:
                 continue
             with lock:
-                if self.find(run) is None:
+                if self.find(run) is not None:
+                    continue
+                try:
                     line = self._execute(run)
-                    shown = {k: line[k] for k in ("reward", "paired_mse", "frechet") if k in line}
-                    print(f"{number}/{len(runs)}", run.label, shown, line["seconds"], flush=True)
+                    shown = {k: line[k] for k in (*RANKED, "seconds") if k in line}
+                except TrainingDivergedError as error:  # of one; the others go on
+                    shown = {"failed": str(error)}
+                print(f"{number}/{len(runs)}", run.label, shown, flush=True)
 
     def grid(self, num_steps: int) -> tuple[Tensor, int]:
         """The grid of all that is trained: plain DDIM's searched one, and what finding it cost."""
-        path = self.folder / f"grid-{num_steps}.json"
+        searched = f"{self._teacher[:12]}-{len(self.task.validation)}"
+        path = self.folder / f"grid-{num_steps}-{searched}.json"
         with FileLock(f"{path}.lock"):
             if not path.exists():
                 grid, spent = self.task.search("ddim", num_steps)
@@ -221,13 +248,8 @@ class Runs:
         """The student of a run, trained now unless it was before."""
         task, path = self.task, self.folder / f"{run.label}.student.safetensors"
         start = task.start or task.teacher.denoiser
-        trained = {
-            **dataclasses.asdict(run),
-            "recipe": run.entrant.recipe,
-            "bank": self._bank,
-            "teacher": task.teacher.fingerprint(),
-            "reward": task.reward.name,
-        }
+        trained = {**self._about(run), "reward": task.reward.name}
+        del trained["num_test"]
         result = students.load(path, start, trained)
         if result is None:
             settings = dict(run.settings)
@@ -236,6 +258,8 @@ class Runs:
                 grid, spent = self.grid(run.num_steps)
             result = train(task, grid, run.budget, run.seed, **settings)
             result.ledger.evaluations["search"] += spent
+            if not all(bool(each.isfinite().all()) for each in result.student.network.parameters()):
+                raise TrainingDivergedError("the student's weights are not finite.")
             students.save(path, result, trained)
         return result
 
@@ -243,18 +267,15 @@ class Runs:
         task = self.task
         figures = measure(samples, task.yardstick, task.features)
         return {
-            **dataclasses.asdict(run),
-            "recipe": run.entrant.recipe,
+            **self._about(run),
             "kind": run.entrant.kind,
             "nfe": result.nfe,
             "timesteps": result.timesteps.tolist(),
             **{name: round(value, 6) for name, value in figures.items()},
             "ledger": _costs(result.ledger),
-            "bank": self._bank,
             "updates": dict(result.ledger.updates),
             "seconds": round(result.ledger.seconds, 1),
             "history": _thinned(result.history),
-            "num_test": len(task.test),
             "threads": torch.get_num_threads(),
             "device": str(task.teacher.device),
             "versions": versions(),
@@ -297,8 +318,8 @@ def _known(name: str) -> str:
 
 
 def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    names = ("method", "num_steps", "seed", "budget", "settings")
-    return all(one[name] == other[name] for name in names)
+    names = ("method", "num_steps", "seed", "budget", "settings", "teacher")
+    return all(one.get(name) == other.get(name) for name in names)
 
 
 def _costs(ledger: Ledger) -> dict[str, int]:

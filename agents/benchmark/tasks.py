@@ -29,6 +29,7 @@ from ..reporting import REFERENCE_SEED, find_judge
 
 QUARTER = 0.25
 REWARD = "reward"  # the first figure where it has no gradient
+RANKED = (REWARD, "paired_mse", "frechet", "sliced_wasserstein")  # for verdicts
 WITH_JUDGE = ("paired_mse", "frechet", "coverage", "label_agreement", "label_balance")
 WITHOUT_JUDGE = ("paired_mse", "sliced_wasserstein", "coverage")
 NUM_RESAMPLES = 2000

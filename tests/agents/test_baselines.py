@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from typing import ClassVar
 
@@ -240,6 +241,10 @@ def test_a_network_of_another_kind_counts_by_its_operations(teacher, bank):
     assert 1 / 50 < run.share(network) < 1 / 30
     wide = ProjectionNetwork(student.latent_shape, student.num_classes, width=64)
     assert run.share(wide) > 3 * run.share(network)  # its inner layers grow fourfold
+    guided = copy.deepcopy(student)
+    guided.set_guidance(2.0)  # two of the ledger's evaluations a prediction, of the same network
+    twice = base.Run(teacher, bank, grid, guided, guided, 1e-3, torch.Generator())
+    assert twice.share(network) == pytest.approx(run.share(network))
     reward = MSE() + CompressedSize()
     options = {"iterations": 3, "batch_size": 8, "reward": reward}
     ledger = baselines.run("surrogate", teacher, bank, grid, **options).ledger

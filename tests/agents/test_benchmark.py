@@ -229,22 +229,21 @@ def test_a_run_that_another_process_is_at_is_left_to_it(task, tmp_path):
 
 
 def test_trials_are_as_many_for_every_method():
-    first, *again = entrants_module.TRIALS
+    first, *again = (trials for trials in entrants_module.TRIALS if trials.task is None)
     assert {len(trials) for trials in first.settings.values()} == {8}
     assert set(first.settings) == {*entrants_module.METHODS, OURS}
     for trials in again:  # of the closest
         assert all(len(own) >= len(trials.settings[OURS]) for own in trials.settings.values())
-    tried = {2: {}, 4: {}}
-    for trials in entrants_module.TRIALS:
-        for name, own in trials.settings.items():
-            tried[trials.num_steps].setdefault(name, []).extend(own)
-    choices = [(2, entrants_module.CHOSEN), (4, entrants_module.CHOSEN_AT_4)]
-    choices += [(2, choice) for choice in entrants_module.CHOSEN_ON.values()]
-    for num_steps, choice in choices:
-        for name, settings in choice.items():
-            if name in tried[num_steps]:
-                assert settings in tried[num_steps][name]
+    choices = [("digits", 2, entrants_module.CHOSEN), ("digits", 4, entrants_module.CHOSEN_AT_4)]
+    choices += [(task, 2, choice) for task, choice in entrants_module.CHOSEN_ON.items()]
+    for task, num_steps, choice in choices:
+        tried = [run for run in plan_trials(choice, task) if run.num_steps == num_steps]
+        names = {run.method for run in tried}
+        assert OURS in names
+        for name in names:
+            assert choice[name] in [run.settings for run in tried if run.method == name]
     assert len(plan_trials([OURS, "ddim"])) == 8 + 4 + 6
+    assert len(plan_trials([OURS, "backprop"], "images")) == 4
 
 
 def test_settings_are_those_of_the_task_and_of_the_number_of_steps():
@@ -281,6 +280,42 @@ def test_training_on_other_tasks_or_by_another_recipe_is_another_run(task, tmp_p
     monkeypatch.setattr(presets, "PRESETS", changed)
     assert runs.find(run) is None
     assert runs.find(solver) is not None
+
+
+def test_a_rivals_defaults_are_part_of_its_recipe(monkeypatch):
+    recipe = ENTRANTS["backprop"].recipe
+    assert recipe["batch_size"] == 256
+    assert recipe["ema_decay"] == ENTRANTS[OURS].recipe["ema_decay"] == 0.95
+    assert ENTRANTS[f"progressive+{OURS}"].recipe["first"]["max_grad_norm"] == 0.5
+    assert ENTRANTS["ddim"].recipe == {}
+    json.dumps({name: entrant.recipe for name, entrant in ENTRANTS.items()})
+
+
+def test_grids_and_figures_of_another_teacher_or_search_are_not_taken(task, tmp_path):
+    runs = make_runs(task, tmp_path)
+    searched = Run("ddim+search", 2, 0, 0)
+    runs.execute([searched])
+    grid, _ = runs.grid(2)
+    few = make_runs(dataclasses.replace(task, validation=task.validation.subset(3)), tmp_path)
+    assert few.find(searched) is None
+    assert not torch.equal(few.grid(2)[0], grid)
+    assert torch.equal(runs.grid(2)[0], grid)  # neither takes the other's
+    other = copy.deepcopy(task.teacher)
+    other.denoiser.network.correction[-1].bias.data += 0.1
+    changed = make_runs(dataclasses.replace(task, teacher=other), tmp_path)
+    assert changed.find(searched) is None
+    changed.execute([searched])
+    assert len(changed.read()) == 2  # the first teacher's figures are still there
+
+
+def test_a_training_that_diverges_stops_no_other(task, tmp_path, capsys):
+    runs = make_runs(task, tmp_path)
+    settings = {"learning_rate": 1e30, "max_grad_norm": 1e30}
+    planned = [Run("backprop", 1, 0, 3000, settings), Run("ddim", 1, 0, 0)]
+    runs.execute(planned)
+    assert [runs.find(run) is None for run in planned] == [True, False]
+    assert "failed" in capsys.readouterr().out
+    assert not list(runs.folder.glob("*.student.safetensors"))
 
 
 def test_a_student_is_judged_on_other_tasks_without_training(task, tmp_path, monkeypatch):
@@ -437,5 +472,9 @@ def test_trials_are_listed_best_first_for_each_budget():
         for rate, error, budget in ((0.1, 0.5, 1000), (0.2, 0.25, 1000), (0.3, 0.1, 2000))
     ]
     lines = tuning_table(rows).splitlines()
+    assert "reward" not in lines[0]
     assert lines[2].startswith("| backprop | 4 | 1 | learning_rate 0.2")
     assert lines[4].startswith("| backprop | 4 | 2 | learning_rate 0.3")
+    for row, reward in zip(rows, (-0.1, -0.2, -0.3), strict=True):
+        row["reward"] = reward  # where it has no gradient it decides
+    assert tuning_table(rows).splitlines()[2].startswith("| backprop | 4 | 1 | learning_rate 0.1")

@@ -58,6 +58,11 @@ def test_the_recipe_is_that_of_the_number_of_steps():
     assert rates == [2e-4, 1e-4]
 
 
+def test_a_change_that_nothing_knows_is_refused(teacher, bank):
+    with pytest.raises(InvalidArgumentError, match="learning_rat'"):
+        reinforcement.train(teacher, bank, GRID, iterations=1, learning_rat=1e-3)
+
+
 def test_a_budget_buys_as_many_iterations_as_fit(teacher, bank):
     four = reinforcement.train(teacher, bank, GRID, iterations=4, **FEW)
     cost = four.ledger.total

@@ -35,7 +35,8 @@ def tasks(pipeline):
 
 def own(pipeline, name, x_T, condition, **times):
     """What diffusers' pipeline makes with the scheduler of this name."""
-    options = {"timestep_spacing": "trailing", "steps_offset": 0, **SOLVERS[name].options}
+    spacing = "leading" if times else "trailing"  # of a list it says how large the noise is
+    options = {"timestep_spacing": spacing, "steps_offset": 0, **SOLVERS[name].options}
     scheduler = getattr(diffusers, SOLVERS[name].kind)
     stock, pipeline.scheduler = (
         pipeline.scheduler,
@@ -63,6 +64,17 @@ def test_a_list_of_times_is_diffusers_own_too(pipeline, tasks, name):
     torch.testing.assert_close(x_0, wanted, rtol=1e-4, atol=1e-4)
     # negative control
     assert (x_0 - own(pipeline, name, x_T, condition)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", ["dpmpp2m", "heun", "ipndm"])
+def test_one_step_from_an_early_time_is_plain_ddims(tasks, name):
+    """All see the noise as it is: a solver that shrank it would answer something else."""
+    teacher, x_T, condition = tasks
+    grid = torch.tensor([600.0, 0.0])
+    x_0, wanted = (
+        baselines.solve(solver, teacher, grid).sample(x_T, condition) for solver in (name, "ddim")
+    )
+    torch.testing.assert_close(x_0, wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_ddim_on_a_list_is_the_students_sampler(tasks):

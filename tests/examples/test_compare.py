@@ -47,9 +47,9 @@ def test_trials_are_kept_apart_from_results(args, capsys, monkeypatch):
     monkeypatch.setattr(benchmark_runs, "TRIALS", trials)
     args.tune, args.methods = True, ("output_regression",)
     compare.main(args)
-    assert len((args.results / "mixture-64-tuning.jsonl").read_text().splitlines()) == 8
+    assert len((args.results / "mixture-64-tuning.jsonl").read_text().splitlines()) == 4
     assert not (args.results / "mixture-64.jsonl").exists()
-    assert capsys.readouterr().out.count("| output_regression | 2 | 1 | learning_rate") == 8
+    assert capsys.readouterr().out.count("| output_regression | 2 | 1 | learning_rate") == 4
 
 
 def test_an_unknown_method_is_refused_before_anything_is_written(args):
