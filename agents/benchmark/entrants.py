@@ -408,11 +408,13 @@ CHOSEN_ON: dict[str, dict[str, Settings]] = {
         f"trajectory_regression{AFTER}": {"learning_rate": 1e-4},
     },
     MIXTURE: {
-        "output_regression": {"learning_rate": 1e-4},
-        "trajectory_regression": {"learning_rate": 5e-4},
-        "progressive": {"learning_rate": 5e-4},
-        "consistency": {"learning_rate": 5e-4},
-        "backprop": {"learning_rate": 1e-3},
+        "output_regression": _OF_POINTS[1],
+        "trajectory_regression": {**_WALK, **_OF_POINTS[2]},
+        "progressive": _OF_POINTS[3],
+        "consistency": _OF_POINTS[3],
+        "distribution_matching": {"learning_rate": 5e-4, "batch_size": 256, "fake_updates": 2},
+        "backprop": _OF_POINTS[3],
+        OURS: _OF_POINTS[2],
         f"progressive{AFTER}": {},
     },
 }
