@@ -137,9 +137,10 @@ def check_number(
 
 def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> str:
     """Return `value`; raise `InvalidArgumentError` unless it is one of `choices`."""
-    if value not in choices:
+    # An array compares element by element, and has no truth.
+    if not isinstance(value, str) or value not in choices:
         raise InvalidArgumentError(argument, value, f"pass one of {', '.join(map(repr, choices))}.")
-    return str(value)
+    return value
 
 
 def check_device(device: object) -> torch.device:

@@ -142,7 +142,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     """
     index = read_json(folder / INDEX)
     for name, value in index.items():
-        parts = value if isinstance(value, list) else [None]
+        parts = value if isinstance(value, list) and value else [None]
         known = parts[0] in LIBRARIES and all(p is None or is_name(p) for p in parts)
         if _is_text(name, value):
             known = parts[0] == "transformers" and str(parts[1]).startswith(TEXT_CLASSES)

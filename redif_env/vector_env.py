@@ -160,8 +160,8 @@ class ReDiFVectorEnv(VectorEnv):
             )
         self.shard = _check_shard(shard, self.num_envs, self.group_size)
         self.num_envs //= self.shard[1]
-        if render_mode not in (None, "rgb_array"):
-            raise InvalidArgumentError("render_mode", render_mode, "pass 'rgb_array' or None.")
+        if render_mode is not None:
+            check_choice("render_mode", render_mode, ("rgb_array",))
         self.render_mode = render_mode
         check_choice("action_type", action_type, mdp.ACTION_TYPES)
         check_choice("split", split, SPLITS)

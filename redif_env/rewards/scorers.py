@@ -6,6 +6,7 @@ None has a gradient or a map. Those that look at pictures take samples that are 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -266,6 +267,7 @@ class Function(Reward):
     ) -> None:
         if not callable(function):
             raise InvalidArgumentError("function", function, "pass a function of the samples.")
+        _check_takes_two(function)
         self.function = function
         self.inputs = check_choice("inputs", inputs, ("tensor", "pil"))
         self._name = name or getattr(function, "__name__", type(function).__name__).strip("<>")
@@ -278,6 +280,18 @@ class Function(Reward):
     def __call__(self, x_0: Tensor, teacher_x_0: Tensor, condition: Tensor | None) -> Tensor:
         samples = x_0.detach() if self.inputs == "tensor" else as_pil(x_0)
         return as_scores(self.function(samples, condition), x_0, self.name)
+
+
+def _check_takes_two(function: Callable[..., Any]) -> None:
+    called = function.forward if isinstance(function, nn.Module) else function
+    try:
+        inspect.signature(called).bind(None, None)
+    except TypeError as error:
+        raise InvalidArgumentError(
+            "function", function, "pass one that takes two arguments, samples and conditions."
+        ) from error
+    except ValueError:  # a builtin without a signature
+        pass
 
 
 def as_scores(values: Any, x_0: Tensor, source: str) -> Tensor:

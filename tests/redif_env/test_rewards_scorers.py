@@ -380,7 +380,10 @@ def test_bad_functions():
     with pytest.raises(InvalidArgumentError, match="function=3"):
         Function(3)
     with pytest.raises(InvalidArgumentError, match="inputs='numpy'"):
-        Function(len, "numpy")
+        Function(lambda samples, classes: [], "numpy")
+    for takes_one in (len, nn.Identity(), lambda samples: samples):
+        with pytest.raises(InvalidArgumentError, match="two arguments"):
+            Function(takes_one)
 
 
 @pytest.mark.parametrize(
