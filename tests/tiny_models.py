@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import string
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -77,7 +80,12 @@ def clip_tokenizer() -> Any:
     letters = [*string.ascii_lowercase, *(f"{letter}</w>" for letter in string.ascii_lowercase)]
     tokens = [*letters, "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {token: number for number, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=12)
+    # Files, by position: transformers 4 takes nothing else, 5 has other names for them.
+    with tempfile.TemporaryDirectory() as folder:
+        files = Path(folder, "vocab.json"), Path(folder, "merges.txt")
+        files[0].write_text(json.dumps(vocabulary))
+        files[1].write_text("#version: 0.2\n")
+        return CLIPTokenizer(*map(str, files), model_max_length=12)
 
 
 def clip_encoder(kind: str = "CLIPTextModel", **config: Any) -> Any:
@@ -245,11 +253,17 @@ def sample_dit(pipeline: Any, x_T: Tensor, condition: Tensor, num_steps: int) ->
 
 
 def t5_tokenizer() -> Any:
-    from transformers import T5Tokenizer
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import T5TokenizerFast
 
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0), ("\u2581", -1.0)]
     pieces += [(letter, -2.0) for letter in string.ascii_lowercase]
-    return T5Tokenizer(vocab=pieces, extra_ids=0)
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    return T5TokenizerFast(tokenizer_object=tokenizer, extra_ids=0)  # in transformers 4 too
 
 
 def t5_encoder(d_model: int = 16) -> Any:

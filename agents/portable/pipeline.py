@@ -1,6 +1,6 @@
 """AdaptivePipeline: a few-step student that chooses its times, and how many, for each sample."""
 
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from diffusers import DiffusionPipeline
@@ -24,7 +24,7 @@ class AdaptivePipeline(DiffusionPipeline):
         scheduler: Any,
         schedule_head: Any,
         guidance_scale: float = 1.0,
-        null_class: int | None = None,
+        null_class: Optional[int] = None,  # noqa: UP045 (diffusers 0.35 reads no other)
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, schedule_head=schedule_head)
