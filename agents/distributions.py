@@ -45,10 +45,11 @@ class KernelDistribution(Distribution):
     Args:
         schedule: Noise schedule.
         eta: Noise factor of the kernel while exploring.
-        min_std: Smallest std while exploring, in latent units.
+        min_std: Smallest std while exploring, in units of `unit`.
         mean: `"ode"` or `"sde"`, see `transition.exploration`.
         noise: `"gaussian"` or `"rademacher"`, see `transition.unit_noise`. Densities are the
             Gaussian's with either.
+        unit: Of `min_std`: `"latent"` or `"prediction"`, see `transition.exploration`.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class KernelDistribution(Distribution):
         min_std: float,
         mean: str,
         noise: str = transition.GAUSSIAN,
+        unit: str = transition.LATENT,
     ) -> None:
         super().__init__()
         self.schedule = schedule
@@ -65,6 +67,7 @@ class KernelDistribution(Distribution):
         self.min_std = min_std
         self.mean = mean
         self.noise = noise
+        self.unit = unit
         self.gaussian: Gaussian
 
     def proba_distribution_net(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -83,7 +86,7 @@ class KernelDistribution(Distribution):
         """
         self._inputs = (x_t, x0_pred, t, s)
         self.gaussian = transition.exploration(
-            self.schedule, x_t, x0_pred, t, s, self.eta, self.min_std, self.mean
+            self.schedule, x_t, x0_pred, t, s, self.eta, self.min_std, self.mean, self.unit
         )
         if scale is not None:
             mean, std = self.gaussian

@@ -21,7 +21,15 @@ from redif_env.errors import InvalidArgumentError, check_choice, check_number
 from redif_env.loading import build_from_description, can_describe, describe, load_denoiser
 from redif_env.schedules import explicit
 from redif_env.teacher import Teacher
-from redif_env.transition import EXPLORATION_MEANS, GAUSSIAN, NOISES, RADEMACHER, Gaussian
+from redif_env.transition import (
+    EXPLORATION_MEANS,
+    EXPLORATION_UNITS,
+    GAUSSIAN,
+    LATENT,
+    NOISES,
+    RADEMACHER,
+    Gaussian,
+)
 
 from . import sharding
 from .averaging import update_average
@@ -83,10 +91,13 @@ class StudentPolicy(ActorCriticPolicy):
         schedule_lr_scale: Learning rate of its table, as a multiple of the actor's; the network of
             an adaptive schedule learns at that of the critic.
         eta: Noise factor of the kernel while exploring, in [0, 1].
-        min_std: Smallest standard deviation while exploring, in latent units; > 0.
+        min_std: Smallest standard deviation while exploring, in units of `exploration_unit`; > 0.
         exploration_mean: `"ode"` or `"sde"`, see `redif_env.transition.exploration`.
         exploration_noise: `"gaussian"`, or `"rademacher"` for noise of one size, see
             `redif_env.transition.unit_noise`: gradients of less variance at no cost.
+        exploration_unit: `"latent"`, or `"prediction"` for noise that is as wide in the final
+            sample wherever the step is, see `redif_env.transition.exploration`: for 28x28 images
+            and many steps.
         reference: Whether to keep a frozen copy of the student that training starts from.
         lora_rank: Rank of adapters that are trained in place of the weights, which the student, its
             average and the reference then share; None trains all weights. See `lora`.
@@ -138,6 +149,7 @@ class StudentPolicy(ActorCriticPolicy):
         min_std: float = 0.02,
         exploration_mean: str = "ode",
         exploration_noise: str = GAUSSIAN,
+        exploration_unit: str = LATENT,
         reference: bool = False,
         lora_rank: int | None = None,
         lora_targets: Sequence[str] | None = None,
@@ -162,6 +174,9 @@ class StudentPolicy(ActorCriticPolicy):
             "exploration_mean", exploration_mean, EXPLORATION_MEANS
         )
         self.exploration_noise = check_choice("exploration_noise", exploration_noise, NOISES)
+        self.exploration_unit = check_choice(
+            "exploration_unit", exploration_unit, EXPLORATION_UNITS
+        )
         if learn_std and exploration_noise == RADEMACHER:
             raise InvalidArgumentError(
                 "exploration_noise",
@@ -346,6 +361,7 @@ class StudentPolicy(ActorCriticPolicy):
                 self.min_std,
                 self.exploration_mean,
                 self.exploration_noise,
+                self.exploration_unit,
             )
             return kernel.proba_distribution(x_t, x0_pred, t, s, scale)
 
@@ -470,6 +486,7 @@ class StudentPolicy(ActorCriticPolicy):
             "min_std": self.min_std,
             "exploration_mean": self.exploration_mean,
             "exploration_noise": self.exploration_noise,
+            "exploration_unit": self.exploration_unit,
             "optimizer_class": self.optimizer_class,
             "optimizer_kwargs": self.optimizer_kwargs,
             **self.settings,

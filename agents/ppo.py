@@ -102,7 +102,8 @@ class ReDiFPPO(PPO):
         antithetic: Whether neighbours in a group explore with opposite noise, which cancels the
             even orders of the reward's change. Needs groups of even size. Default: with groups.
         eta: Noise factor while exploring, in [0, 1]; number or function of the remaining progress.
-        min_std: Smallest exploration std, in latent units, above 0; likewise.
+        min_std: Smallest exploration std, above 0; likewise. In units of the policy's
+            `exploration_unit`.
         gap_fraction: Explore with at least this share of the gap, the root-mean-square distance of
             the last rollout's samples (of their group's mean) from the teacher's: exploration
             shrinks as the student learns. `min_std` stays the floor. None: no such rule;

@@ -34,7 +34,13 @@ from .sampling import sample
 NUM_COUNTED = 512  # tasks whose steps are counted for a mean
 # What a recipe's changes mean that are no arguments of `ReDiFPPO`.
 ENV_OPTIONS = ("group_size", "step_cost")
-POLICY_OPTIONS = ("exploration_mean", "exploration_noise", "learn_std", "schedule_lr_scale")
+POLICY_OPTIONS = (
+    "exploration_mean",
+    "exploration_noise",
+    "exploration_unit",
+    "learn_std",
+    "schedule_lr_scale",
+)
 # Starts close to the grid, and stops early or late often enough to learn from it.
 ADAPTIVE_HEAD = {"kind": "beta", "adaptive": True, "concentration": 60.0, "stop_prob": 0.3}
 
@@ -127,7 +133,8 @@ def train(
         seed: Of training.
         on_iteration: Called with the iterations done and the averaged student.
         changes: To the recipe: `group_size`, `step_cost`, `decay`, `exploration_mean`,
-            `exploration_noise`, `learn_std`, `schedule_lr_scale`, and arguments of `ReDiFPPO`.
+            `exploration_noise`, `exploration_unit`, `learn_std`, `schedule_lr_scale`, and arguments
+            of `ReDiFPPO`.
 
     Raises:
         InvalidArgumentError: for an argument that makes no sense, before anything is computed.

@@ -25,6 +25,9 @@ from .noise import NoiseSchedule, expand, from_x0
 EXPLORATION_MEANS = ("ode", "sde")
 GAUSSIAN, RADEMACHER = "gaussian", "rademacher"
 NOISES = (GAUSSIAN, RADEMACHER)
+LATENT, PREDICTION = "latent", "prediction"
+EXPLORATION_UNITS = (LATENT, PREDICTION)
+LEAST_GAIN = 1e-2  # float32 still has digits for noise of a hundredth of min_std
 
 
 class Gaussian(NamedTuple):
@@ -82,6 +85,7 @@ def exploration(
     eta: float,
     min_std: float,
     mean: str = "ode",
+    unit: str = LATENT,
 ) -> Gaussian:
     """The distribution that a policy explores with: the kernel with its std floored at `min_std`.
 
@@ -90,15 +94,21 @@ def exploration(
 
     Args:
         schedule, x_t, x0_pred, t, s, eta: as for `step`.
-        min_std: Smallest standard deviation, in latent units.
+        min_std: Smallest standard deviation, in units of `unit`.
         mean: `"ode"` trains the mean that is deployed (eta = 0); `"sde"` keeps the noise level of
             `x_s` right when eta is large.
+        unit: `"latent"`: of `x_s`, the same in all steps; `"prediction"`: of `x0_pred`, of which
+            `x_s` gets the share that `_gain` says. Early steps change little of `x_s`, but the rest
+            of the trajectory enlarges what they change: noise of the same size there would be
+            far wider in the final sample.
     """
     check_choice("mean", mean, EXPLORATION_MEANS)
+    check_choice("unit", unit, EXPLORATION_UNITS)
     scales = _scales(schedule, x_t, t, s)
     std = eta * _max_std(*scales)
     inner = std if mean == "sde" else torch.zeros_like(std)
-    return Gaussian(_mean(x_t, x0_pred, scales, inner), std.clamp_min(min_std))
+    least = min_std * _gain(*scales) if unit == PREDICTION else torch.full_like(std, min_std)
+    return Gaussian(_mean(x_t, x0_pred, scales, inner), torch.maximum(std, least))
 
 
 def _scales(schedule: NoiseSchedule, x: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
@@ -114,6 +124,11 @@ def _scales(schedule: NoiseSchedule, x: Tensor, t: Tensor, s: Tensor) -> tuple[T
 def _max_std(alpha_t: Tensor, sigma_t: Tensor, alpha_s: Tensor, sigma_s: Tensor) -> Tensor:
     kept = (sigma_t**2 - (alpha_t / alpha_s) ** 2 * sigma_s**2).clamp_min(0)
     return sigma_s / sigma_t * kept.sqrt()
+
+
+def _gain(alpha_t: Tensor, sigma_t: Tensor, alpha_s: Tensor, sigma_s: Tensor) -> Tensor:
+    """What the deterministic step makes of a change of `x0_pred`: the derivative of `x_s` by it."""
+    return (alpha_s - sigma_s * alpha_t / sigma_t).clamp_min(LEAST_GAIN)
 
 
 def _mean(x_t: Tensor, x0_pred: Tensor, scales: tuple[Tensor, ...], std: Tensor) -> Tensor:

@@ -273,12 +273,13 @@ def _blind_reward() -> Reward:
 
 IMAGES = "images"
 MIXTURE = "mixture"
+QUARTERED = "digits-quarter"
 BLIND = "digits-blind"
 TASKS: dict[str, Callable[..., tuple[Teacher, Denoiser | None]]] = {
     MIXTURE: _mixture,
     "digits": _digits,
     "digits-unconditional": _unconditional_digits,
-    "digits-quarter": _quarter_digits,
+    QUARTERED: _quarter_digits,
     BLIND: _digits,
     IMAGES: _images,
 }

@@ -260,6 +260,7 @@ PAIRS = {"group_size": 2, "antithetic": True, "stochastic_steps": "one"}
 FOURS = {"group_size": 4, "antithetic": False, "stochastic_steps": "one"}
 GLOBAL = {"credit": "global"}
 ONE_SIZE = {"policy": {"exploration_noise": "rademacher"}}
+NARROW = {"policy": {"exploration_unit": "prediction"}}
 
 
 class Estimates:
@@ -328,6 +329,8 @@ EXPECTATIONS = [
     pytest.param(ONE, FOURS, DIM * 3 / 4, id="fours-local"),
     # One of two steps explores.
     pytest.param(TWO, {**PAIRS, **GLOBAL}, 1 / 2, id="two steps-pairs"),
+    # The width of the noise cancels, step by step.
+    pytest.param(TWO, {**PAIRS, **GLOBAL, **NARROW}, 1 / 2, id="two steps-pairs-narrow first"),
     pytest.param(TWO, {**FOURS, **GLOBAL}, 3 / 8, id="two steps-fours"),
     # A quadratic reward sees no more of the noise than its covariance.
     pytest.param(ONE, {**PAIRS, **GLOBAL, **ONE_SIZE}, 1.0, id="pairs-one size"),

@@ -310,7 +310,13 @@ def test_actor_and_critic_have_separate_parameter_groups(make_policy):
 
 @pytest.mark.parametrize("critic", [False, True])
 def test_save_and_load_give_the_same_policy(make_policy, env, tmp_path, critic):
-    policy = make_policy(eta=0.4, min_std=0.07, exploration_mean="sde", critic=critic)
+    policy = make_policy(
+        eta=0.4,
+        min_std=0.07,
+        exploration_mean="sde",
+        exploration_unit="prediction",
+        critic=critic,
+    )
     with torch.no_grad():
         for weight in policy.parameters():
             weight.mul_(1.01)

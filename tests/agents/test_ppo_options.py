@@ -72,6 +72,7 @@ def case(argument, *, env=None, **options):
             policy_kwargs={"learn_std": True, "exploration_noise": "rademacher"},
         ),
         case("exploration_noise", policy_kwargs={"exploration_noise": "pink"}),
+        case("exploration_unit", policy_kwargs={"exploration_unit": "pixel"}),
         case("antithetic", advantage="gae", credit="global", antithetic=True),
         case("n_steps", n_steps=4),
         case("n_steps", n_steps=-3),

@@ -217,6 +217,35 @@ def test_exploration_floors_the_std_outside_the_root(generator):
     assert float(sde.std[0]) > 0.05
 
 
+@schedules
+@pytest.mark.parametrize(("t", "s"), [(950, 900), (600, 300), (300, 0)])
+def test_noise_in_units_of_the_prediction(schedule, t, s, generator):
+    """Its std is what the deterministic step makes of a change of the prediction by `min_std`."""
+    x_t, x0_pred = draw(generator)
+    args = schedule, x_t, x0_pred, full(t), full(s)
+    std = transition.exploration(*args, 0.0, 0.05, unit="prediction").std
+    moved = transition.step(schedule, x_t, x0_pred + 0.05, full(t), full(s)).mean
+    wanted = moved - transition.step(*args).mean
+    # float32: a difference of latents that are themselves up to 950 (VE).
+    tolerance = 1e-6 * float(x_t.abs().max() + scale(schedule, "sigma", t))
+    torch.testing.assert_close(std.expand(SHAPE), wanted, rtol=1e-3, atol=tolerance)
+    in_latents = transition.exploration(*args, 0.0, 0.05).std
+    assert torch.equal(std, in_latents) if s == 0 else bool((std < 0.99 * in_latents).all())
+
+
+def test_noise_in_units_of_the_prediction_is_a_floor_too(generator):
+    x_t, x0_pred = draw(generator)
+    args = VP, x_t, x0_pred, full(600), full(300)
+    floor = transition.exploration(*args, 0.0, 0.05, unit="prediction").std
+    kernel = transition.step(*args, 0.7).std
+    assert bool((kernel > floor).all())
+    assert torch.equal(transition.exploration(*args, 0.7, 0.05, unit="prediction").std, kernel)
+    near = transition.exploration(
+        VP, x_t, x0_pred, full(600), full(599.999), 0.0, 0.05, unit="prediction"
+    )
+    assert bool((near.std > 0).all())  # or the log-prob is not finite
+
+
 def test_the_ode_mean_is_what_is_deployed(generator):
     x_t, x0_pred = draw(generator)
     t, s = full(600), full(200)
