@@ -260,6 +260,9 @@ class Trials(NamedTuple):
 # What follows the teacher's trajectory learns worse on a grid that calls noise by another time.
 _UNIFORM: Settings = {"grid": UNIFORM}
 _WALK: Settings = {"teacher_steps": 12}
+# Of ours: four times as many updates as the default's.
+_SMALL: Settings = {"num_envs": 128, "batch_size": 64}
+_NARROW: Settings = {**_SMALL, "exploration_unit": "prediction"}
 _RATES = _rates(1e-4, 2e-4, 5e-4, 1e-3)
 _SIZES = ((5e-4, 128), (5e-4, 64), (2e-4, 64), (2e-4, 32))
 _OF_POINTS = (*_rates(1e-3, 3e-3), *_sizes((1e-3, 64), (3e-4, 64)))
@@ -348,10 +351,17 @@ TRIALS = (
             "trajectory_regression": _sizes((2e-4, 16), (4e-4, 16), **_WALK),
             "backprop": _sizes((1e-4, 16), (2e-4, 16)),
             OURS: (
-                *_sizes((2e-4, 64), (1e-4, 64), num_envs=128),
-                *_sizes((2e-4, 64), num_envs=128, exploration_unit="prediction"),
+                *_rates(2e-4, 1e-4, **_SMALL),
+                *_rates(2e-4, **_NARROW),
             ),
         },
+        IMAGES,
+    ),
+    # Why more steps were no better here.
+    Trials(
+        8,
+        40_000,
+        {OURS: ({**_SMALL, "learning_rate": 2e-4}, {**_NARROW, "learning_rate": 2e-4})},
         IMAGES,
     ),
     Trials(
@@ -360,7 +370,7 @@ TRIALS = (
         {
             "trajectory_regression": _rates(2e-4, 3e-4, 5e-4, 1e-3, batch_size=16, **_WALK),
             "backprop": _rates(1e-4, 3e-4, 5e-4, 1e-3, batch_size=16),
-            OURS: (*_rates(2e-4, 5e-4), *_rates(2e-4, 5e-4, num_envs=128, batch_size=64)),
+            OURS: (*_rates(2e-4, 5e-4), *_rates(2e-4, 5e-4, **_SMALL)),
         },
         QUARTERED,
     ),
@@ -417,13 +427,13 @@ CHOSEN_ON: dict[str, dict[str, Settings]] = {
     IMAGES: {
         "trajectory_regression": {**_WALK, "learning_rate": 2e-4, "batch_size": 16},
         "backprop": {"learning_rate": 1e-4, "batch_size": 16},
-        OURS: {"learning_rate": 2e-4, "num_envs": 128, "batch_size": 64},
+        OURS: {**_SMALL, "learning_rate": 2e-4},
         f"trajectory_regression{AFTER}": {"learning_rate": 1e-4},
     },
     QUARTERED: {
         "trajectory_regression": {**_WALK, "learning_rate": 1e-3, "batch_size": 16},
         "backprop": {"learning_rate": 5e-4, "batch_size": 16},
-        OURS: {"learning_rate": 5e-4, "num_envs": 128, "batch_size": 64},
+        OURS: {**_SMALL, "learning_rate": 5e-4},
         f"trajectory_regression{AFTER}": {"learning_rate": 2e-4},
     },
     MIXTURE: {
@@ -437,6 +447,10 @@ CHOSEN_ON: dict[str, dict[str, Settings]] = {
         f"progressive{AFTER}": {},
     },
 }
+# From 5 steps on.
+CHOSEN_ON_AT_8: dict[str, dict[str, Settings]] = {
+    IMAGES: {OURS: {**_NARROW, "learning_rate": 2e-4}},
+}
 
 
 # Ours with something changed: with the settings of ours.
@@ -446,6 +460,7 @@ VARIANTS = (GAUSSIAN, f"{OURS}-times", f"{OURS}-mmd", f"{OURS}-discriminator")
 def chosen(method: str, task: str, num_steps: int) -> Settings:
     """A method's settings on a task; of two in turn those of the first as `first`."""
     own = {**CHOSEN, **(CHOSEN_AT_4 if num_steps > 2 else {}), **CHOSEN_ON.get(task, {})}
+    own |= CHOSEN_ON_AT_8.get(task, {}) if num_steps > 4 else {}
     if method in VARIANTS:
         return own[OURS]
     if not method.endswith(AFTER):

@@ -236,6 +236,7 @@ def test_trials_are_as_many_for_every_method():
         assert all(len(own) >= len(trials.settings[OURS]) for own in trials.settings.values())
     choices = [("digits", 2, entrants_module.CHOSEN), ("digits", 4, entrants_module.CHOSEN_AT_4)]
     choices += [(task, 2, choice) for task, choice in entrants_module.CHOSEN_ON.items()]
+    choices += [(task, 8, choice) for task, choice in entrants_module.CHOSEN_ON_AT_8.items()]
     for task, num_steps, choice in choices:
         tried = [run for run in plan_trials(choice, task) if run.num_steps == num_steps]
         names = {run.method for run in tried}
@@ -243,7 +244,7 @@ def test_trials_are_as_many_for_every_method():
         for name in names:
             assert choice[name] in [run.settings for run in tried if run.method == name]
     assert len(plan_trials([OURS, "ddim"])) == 8 + 4 + 6
-    assert len(plan_trials([OURS, "backprop"], "images")) == 4
+    assert len(plan_trials([OURS, "backprop"], "images")) == 3 + 2 + 2
 
 
 def test_settings_are_those_of_the_task_and_of_the_number_of_steps():
@@ -256,6 +257,9 @@ def test_settings_are_those_of_the_task_and_of_the_number_of_steps():
     two, three, eight = plan([OURS], [2, 3, 8], [0], BUDGET)
     assert two.settings == entrants_module.CHOSEN[OURS]
     assert three.settings == eight.settings == entrants_module.CHOSEN_AT_4[OURS]
+    four, eight = plan([OURS], [4, 8], [0], BUDGET, "images")
+    assert "exploration_unit" not in four.settings
+    assert eight.settings == entrants_module.CHOSEN_ON_AT_8["images"][OURS]
     (warm,) = plan([f"progressive+{OURS}"], [2], [0], BUDGET)
     assert warm.settings["first"].items() < entrants_module.CHOSEN["progressive"].items()
     assert warm.settings["learning_rate"] == two.settings["learning_rate"]
