@@ -95,9 +95,9 @@ class StudentPolicy(ActorCriticPolicy):
         exploration_mean: `"ode"` or `"sde"`, see `redif_env.transition.exploration`.
         exploration_noise: `"gaussian"`, or `"rademacher"` for noise of one size, see
             `redif_env.transition.unit_noise`: gradients of less variance at no cost.
-        exploration_unit: `"latent"`, or `"prediction"` for noise that is as wide in the final
-            sample wherever the step is, see `redif_env.transition.exploration`: for 28x28 images
-            and many steps.
+        exploration_unit: `"latent"`, or `"prediction"` for narrower noise in early steps, whose
+            noise the rest of a trajectory enlarges, see `redif_env.transition.exploration`: for
+            many steps.
         reference: Whether to keep a frozen copy of the student that training starts from.
         lora_rank: Rank of adapters that are trained in place of the weights, which the student, its
             average and the reference then share; None trains all weights. See `lora`.
