@@ -29,7 +29,18 @@ from ..guards import TrainingDivergedError
 from ..pictures import columns
 from ..reporting import versions
 from . import students
-from .entrants import ENTRANTS, GRID, OURS, SEARCHED, TRIALS, UNIFORM, Entrant, chosen, solve
+from .entrants import (
+    ENTRANTS,
+    GRID,
+    OURS,
+    REMEDIES,
+    SEARCHED,
+    TRIALS,
+    UNIFORM,
+    Entrant,
+    chosen,
+    solve,
+)
 from .tasks import RANKED, Task
 
 SAMPLES = "x_0"
@@ -105,12 +116,13 @@ def plan(
 
 
 def plan_trials(methods: Iterable[str], task: str = "digits") -> list[Run]:
-    """All trials of the methods that have any on this task."""
+    """All trials of the methods that have any on this task, and what was tried for ours alone."""
     own = task if any(trials.task == task for trials in TRIALS) else None
+    of_task = [trials for trials in TRIALS if trials.task == own]
+    of_task += [trials for trials in REMEDIES if trials.task == task]
     return [
         Run(name, trials.num_steps, TUNING_SEED, trials.budget, settings)
-        for trials in TRIALS
-        if trials.task == own
+        for trials in of_task
         for name in methods
         for settings in trials.settings.get(_known(name), ())
     ]

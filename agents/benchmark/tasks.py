@@ -273,12 +273,14 @@ def _blind_reward() -> Reward:
 
 IMAGES = "images"
 MIXTURE = "mixture"
+DIGITS = "digits"
+UNCONDITIONAL = "digits-unconditional"
 QUARTERED = "digits-quarter"
 BLIND = "digits-blind"
 TASKS: dict[str, Callable[..., tuple[Teacher, Denoiser | None]]] = {
     MIXTURE: _mixture,
-    "digits": _digits,
-    "digits-unconditional": _unconditional_digits,
+    DIGITS: _digits,
+    UNCONDITIONAL: _unconditional_digits,
     QUARTERED: _quarter_digits,
     BLIND: _digits,
     IMAGES: _images,

@@ -242,9 +242,12 @@ def test_trials_are_as_many_for_every_method():
         names = {run.method for run in tried}
         assert OURS in names
         for name in names:
-            assert choice[name] in [run.settings for run in tried if run.method == name]
-    assert len(plan_trials([OURS, "ddim"])) == 8 + 4 + 6
-    assert len(plan_trials([OURS, "backprop"], "images")) == 3 + 2 + 2
+            settings = entrants_module.chosen(name, task, num_steps)
+            assert settings in [run.settings for run in tried if run.method == name]
+    assert len(plan_trials([OURS, "ddim"])) == 8 + 4 + 6 + 3 * 2
+    assert len(plan_trials([OURS, "backprop"], "images")) == 2 + 2 + 3 + 5 + 2
+    # Without trials of its own: those of digits, and its remedies.
+    assert len(plan_trials([OURS], "digits-unconditional")) == 8 + 4 + 6 + 2
 
 
 def test_settings_are_those_of_the_task_and_of_the_number_of_steps():
