@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from stable_baselines3.common.buffers import RolloutBuffer
 from torch import Tensor
 
-from redif_env import parallel
+from redif_env import mdp, parallel
 from redif_env.noise import expand
 from redif_env.rewards import fit_map
 from redif_env.transition import Gaussian
@@ -17,6 +17,8 @@ from redif_env.transition import Gaussian
 from .advantages import TaskMeans, batch_relative, gae, group_relative
 
 LATENTS = "observation/latents"
+# What only the steps that are trained on need; where one of an episode is, it is stored once.
+EXPLORED = ("mean", f"observation/{mdp.PAST}")
 
 
 class RolloutBatch(NamedTuple):
@@ -55,7 +57,8 @@ class TorchRolloutBuffer(RolloutBuffer):
             `"batch"`, to the rollout's, or `"task"`, to the task's own running mean.
         credit: `"global"`, one advantage a row, or `"local"`, one an element, from reward maps.
         local_weight: Share of local credit; the rest is global.
-        local_radius: Elements around its place whose reward an element is credited with.
+        local_radius: Elements around its place whose reward an element is credited with; or one
+            such number a step, of which the one that explored counts, where one does.
         advantage_clip: Largest size of a normalised advantage, or None.
         group_size: Neighbouring rows that share tasks.
         episode_length: Steps of every episode; T must be a multiple of it.
@@ -82,7 +85,7 @@ class TorchRolloutBuffer(RolloutBuffer):
         advantage: str = "gae",
         credit: str = "global",
         local_weight: float = 1.0,
-        local_radius: int = 0,
+        local_radius: int | Sequence[int] = 0,
         advantage_clip: float | None = None,
         group_size: int = 1,
         episode_length: int = 1,
@@ -173,7 +176,7 @@ class TorchRolloutBuffer(RolloutBuffer):
         if log_prob is not None:
             self._put("log_prob", log_prob)
         if gaussian is not None:
-            self._put_mean(gaussian.mean)
+            self._put_explored("mean", gaussian.mean)
             self._put("std", gaussian.std)
         self.pos += 1
         self.full = self.pos == self.buffer_size
@@ -186,7 +189,25 @@ class TorchRolloutBuffer(RolloutBuffer):
             rows: Which rows' episodes it ended, bool `(N,)`; None: all.
         """
         latent_shape = self._store["mean"].shape[2:]
-        self._put_outcome("reward_map", fit_map(reward_map, latent_shape, self.local_radius), rows)
+        if isinstance(self.local_radius, int):
+            fitted = fit_map(reward_map, latent_shape, self.local_radius)
+        else:
+            fitted = self._fitted_by_step(fit_map(reward_map, latent_shape), self.local_radius)
+        self._put_outcome("reward_map", fitted, rows)
+
+    def _fitted_by_step(self, reward_map: Tensor, radii: Sequence[int]) -> Tensor:
+        """The map with the radius of the step that each row explored.
+
+        A mean of n elements has a smaller spread than one: times the root of n the credit of all
+        steps has noise of one size, so that none drowns the others in a minibatch.
+        """
+        explored = self._store["explored_step"][(self.pos - 1) // self.episode_length]
+        latent_shape, fitted = reward_map.shape[1:], reward_map
+        for radius in {*radii} - {0}:
+            steps = torch.tensor([each == radius for each in radii], device=reward_map.device)
+            wide = (2 * radius + 1) * fit_map(reward_map, latent_shape, radius)
+            fitted = torch.where(expand(steps[explored], fitted), wide, fitted)
+        return fitted
 
     def add_tasks(self, tasks: Tensor, rows: Tensor | None = None) -> None:
         """Store the tasks, int64 `(N,)`, of the episodes that the last step ended, as above."""
@@ -277,7 +298,7 @@ class TorchRolloutBuffer(RolloutBuffer):
     def __getitem__(self, name: str) -> Tensor:
         """A stored tensor, `(T, N, ...)`: `actions`, `rewards`, `values`, `advantages`, ...
 
-        Where one step of an episode explores, `mean` is of that one, `(E, N, ...)`.
+        Where one step of an episode explores, those of `EXPLORED` are of that one, `(E, N, ...)`.
         """
         if name == LATENTS and self.action_bound is not None:
             rows = torch.arange(self.buffer_size * self.n_envs, device=self.device)
@@ -306,21 +327,23 @@ class TorchRolloutBuffer(RolloutBuffer):
 
     def _put_observation(self, name: str, value: Tensor) -> None:
         """Store an observation; latents only where no action tells them."""
-        if name != LATENTS or self.action_bound is None:
+        if name in EXPLORED:
+            self._put_explored(name, value)
+        elif name != LATENTS or self.action_bound is None:
             self._put(name, value)
         elif self.pos % self.episode_length == 0:
             self._put_episode("start", value, self.pos // self.episode_length)
 
-    def _put_mean(self, mean: Tensor) -> None:
-        """Store the means of the step; where one step of an episode explores, those of that one."""
+    def _put_explored(self, name: str, value: Tensor) -> None:
+        """Store what the step has; where one step of an episode explores, what that one has."""
         if self.stochastic_steps != 1:
-            self._put("mean", mean)
+            self._put(name, value)
             return
         episode, step = divmod(self.pos, self.episode_length)
-        if "mean" in self._store:
+        if name in self._store:
             explored = self._store["explored_step"][episode] == step
-            mean = torch.where(expand(explored, mean), mean, self._store["mean"][episode])
-        self._put_episode("mean", mean, episode)
+            value = torch.where(expand(explored, value), value, self._store[name][episode])
+        self._put_episode(name, value, episode)
 
     def _put_outcome(self, name: str, value: Tensor, rows: Tensor | None) -> None:
         """Store what the last step's episode left behind, in some rows where only they ended."""
@@ -342,13 +365,11 @@ class TorchRolloutBuffer(RolloutBuffer):
 
     def _batch(self, rows: Tensor) -> RolloutBatch:
         def take(name: str) -> Tensor:
+            if self.stochastic_steps == 1 and name in EXPLORED:
+                return self._of_episode(name, rows)
             return self._store[name].flatten(0, 1)[rows]
 
-        gaussian = None
-        if "mean" in self._store:
-            once = self.stochastic_steps == 1
-            mean = self._of_episode("mean", rows) if once else take("mean")
-            gaussian = Gaussian(mean, take("std"))
+        gaussian = Gaussian(take("mean"), take("std")) if "mean" in self._store else None
         return RolloutBatch(
             observations=self._observations(take, rows),
             actions=take("actions"),

@@ -180,6 +180,13 @@ def check_episodes(agent: Any, group_size: int, length: int, reward: Any) -> Non
         raise InvalidArgumentError(
             "stochastic_steps", window, f"episodes have {length} steps: pass fewer, or 'all'."
         )
+    radii = agent.local_radius
+    if isinstance(radii, list) and (window != 1 or len(radii) != length):
+        raise InvalidArgumentError(
+            "local_radius",
+            radii,
+            f"pass a number, or with stochastic_steps='one' {length}, one a step of an episode.",
+        )
     weights = agent.step_weights
     if weights is not None and len(weights) != length:
         raise InvalidArgumentError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import platform
 import time
@@ -23,7 +24,7 @@ from redif_env.rewards import Reward, make_reward
 from redif_env.teacher import Teacher, TeacherBank
 
 from . import presets, reinforcement, reporting, resuming, run_folder, smaller
-from .baselines import METHODS, OutputRegression
+from .baselines import METHODS, UNTRAINED, OutputRegression
 from .callbacks import HeldOutEvaluation, ProgressBar
 from .planning import (
     LEARNED,
@@ -103,6 +104,7 @@ def distill(
     num_envs: int = 512,
     preset: str = "default",
     guidance_scale: float | None = None,
+    solver_order: int = 1,
     group_size: int | None = None,
     batch_size: int | None = None,
     learning_rate: float | None = None,
@@ -147,18 +149,21 @@ def distill(
             from the teacher's corresponding weights, see `smaller.copy_weights`. None: all of it.
         warm_up: Iterations of regression on the teacher's answers before training proper, see
             `smaller.WARM_UP`; default: 1000 for a smaller student, else none.
-        schedule: `"search"` for the best grid of plain DDIM, `"learned"` for times that start
-            there and are trained with the student, a grid name, or a list of times.
+        schedule: `"search"` for the best grid of the untrained student, `"learned"` for times that
+            start there and are trained with the student, a grid name, or a list of times.
         reward: A `Reward` or the name of one. One with a map gets local credit.
         iterations: Rollouts of `num_envs` trajectories, each followed by an update.
         num_envs: Trajectories of a rollout, of all processes together.
         preset: Recipe, see `presets.PRESETS`; `group_size` to `ema_decay` default to its values.
         guidance_scale: Of the student; default: the teacher's. 1 distils guidance away, and halves
             the cost of a step.
+        solver_order: Of the student's steps: 1 for DDIM's, 2 for DPM-Solver++ 2M's, which are far
+            closer from 3 steps on and the same for 1 and 2: take it from 5 on, and see
+            docs/guide.md. Not with learned times; exported for teachers with `alphas_cumprod`.
         group_size: Trajectories that share noise and class; their mean is the baseline.
         batch_size: Transitions of a minibatch, of all processes together.
         learning_rate: Initial learning rate; with adapters, ten times the preset's by default. That
-            of `"default"` is 2e-4, from 3 steps on 1e-4.
+            of `"default"` is 2e-4, from 3 steps on 1e-4, from 6 on 2e-5.
         stochastic_steps, antithetic: Where and how to explore, see `ReDiFPPO`.
         n_epochs: Passes over a rollout.
         eta: Noise factor of the kernel while exploring.
@@ -206,10 +211,10 @@ def distill(
     recipe = presets.preset(preset, plan.num_steps)
     reward = make_reward(reward)
     teacher = _as_teacher(teacher, _join_processes(teacher, device, plan))
+    learned = schedule == LEARNED
     description = None if student is None else smaller.describe_smaller(teacher, student)
     noise = teacher.denoiser.schedule
     uniform = schedules.uniform(noise, plan.num_steps)
-    learned = schedule == LEARNED
     searches = learned or schedule == SEARCH
     given = None if searches else schedules.make_grid(schedule, noise, plan.num_steps)
     options = make_options(recipe, arguments, reward, description)
@@ -223,13 +228,14 @@ def distill(
     options.make_model(teacher, num_envs, uniform, learned)
 
     banks = _build_banks(teacher, plan)
-    searched, search_evaluations = _search(teacher, banks.validation, plan.num_steps)
+    untrained = _with_order(teacher.denoiser, solver_order)
+    searched, search_evaluations = _search(untrained, banks.validation, plan.num_steps)
     grid = searched if given is None else given
     model = options.make_model(teacher, num_envs, grid, learned, banks.train)
     config["timesteps"] = grid.tolist()
     with resuming.claimed(plan.written, config, resume):
         started["training_seconds"] = time.monotonic()
-        start, spent = _warm_up(plan, teacher, banks, grid, description)
+        start, spent = _warm_up(plan, teacher, banks, grid, description, solver_order)
         if method == PPO:
             trained = _train_ppo(plan, model, start, banks, grid, started, config)
         else:
@@ -238,7 +244,7 @@ def distill(
         rivals = {
             "student": (trained.student, trained.timesteps),
             "ddim": (teacher.denoiser, uniform),
-            "ddim_searched": (teacher.denoiser, searched),
+            f"{UNTRAINED[solver_order]}_searched": (untrained, searched),
             **({"warm_up": (start, grid)} if plan.warm_up else {}),
         }
         samples = {name: reporting.sample(*rival, banks.test) for name, rival in rivals.items()}
@@ -287,12 +293,19 @@ def _build_banks(teacher: Teacher, plan: Plan) -> Banks:
     )
 
 
-def _search(teacher: Teacher, bank: TeacherBank, num_steps: int) -> tuple[Tensor, int]:
-    """The best grid of plain DDIM, and the network evaluations that it took to find."""
-    before = teacher.denoiser.network_evaluations
-    grid = schedules.search(teacher.denoiser, bank, num_steps)
+def _with_order(denoiser: Denoiser, solver_order: int) -> Denoiser:
+    """The same network, sampled with steps of this order."""
+    stepping = copy.copy(denoiser)
+    stepping.set_solver_order(solver_order)
+    return stepping
+
+
+def _search(untrained: Denoiser, bank: TeacherBank, num_steps: int) -> tuple[Tensor, int]:
+    """The best grid of the untrained student, and the evaluations that it took to find."""
+    before = untrained.network_evaluations
+    grid = schedules.search(untrained, bank, num_steps)
     parallel.broadcast([grid])  # processes do not share this work, but must agree on its result
-    return grid, parallel.world_size() * (teacher.denoiser.network_evaluations - before)
+    return grid, parallel.world_size() * (untrained.network_evaluations - before)
 
 
 # ---- training
@@ -304,16 +317,19 @@ def _warm_up(
     banks: Banks,
     grid: Tensor,
     description: dict[str, Any] | None,
+    solver_order: int,
 ) -> tuple[Denoiser, Counter[str]]:
     """What training proper starts from, and what that cost."""
     start = teacher.denoiser
     if description is not None:
         start = smaller.make_smaller(teacher, description)
+    start = _with_order(start, solver_order)
     if not plan.warm_up:
         return start, Counter()
     options = {
         "iterations": plan.warm_up,
         "seed": plan.seed,
+        "solver_order": solver_order,
         **smaller.warm_up_options(plan.num_steps),
     }
     warm, evaluations = resuming.warm_up(
@@ -391,6 +407,7 @@ def _train_other(
         learning_rate=options.learning_rate,
         ema_decay=options.agent["ema_decay"],
         guidance_scale=options.env.get("guidance_scale"),
+        solver_order=options.env["solver_order"],
         seed=plan.seed,
         on_iteration=judge,
         **aim,
@@ -415,6 +432,7 @@ def _report(
         "method": plan.method,
         "num_steps": plan.num_steps,
         "nfe": plan.num_steps * trained.student.nfe,
+        "solver_order": trained.student.solver_order,
         **reporting.sizes(teacher.denoiser, trained.student),
         "timesteps": [float(t) for t in trained.timesteps[:-1]],
         "seed": plan.seed,

@@ -13,7 +13,7 @@ from torch.distributions import Independent, Normal
 
 from redif_env import transition
 from redif_env.noise import NoiseSchedule, expand
-from redif_env.transition import Gaussian
+from redif_env.transition import Gaussian, Past
 
 from .choices import Choice
 
@@ -75,7 +75,13 @@ class KernelDistribution(Distribution):
         return nn.Identity()
 
     def proba_distribution(
-        self, x_t: Tensor, x0_pred: Tensor, t: Tensor, s: Tensor, scale: Tensor | None = None
+        self,
+        x_t: Tensor,
+        x0_pred: Tensor,
+        t: Tensor,
+        s: Tensor,
+        scale: Tensor | None = None,
+        past: Past | None = None,
     ) -> KernelDistribution:
         """Set the parameters.
 
@@ -83,10 +89,11 @@ class KernelDistribution(Distribution):
             x_t, x0_pred: Latents and prediction, `(N, *latent_shape)`.
             t, s: Times, `(N,)`.
             scale: Factors of the std, `(N,)`; None: 1.
+            past: The step before, see `transition.step`.
         """
-        self._inputs = (x_t, x0_pred, t, s)
+        self._inputs, self._past = (x_t, x0_pred, t, s), past
         self.gaussian = transition.exploration(
-            self.schedule, x_t, x0_pred, t, s, self.eta, self.min_std, self.mean, self.unit
+            self.schedule, x_t, x0_pred, t, s, self.eta, self.min_std, self.mean, self.unit, past
         )
         if scale is not None:
             mean, std = self.gaussian
@@ -126,7 +133,7 @@ class KernelDistribution(Distribution):
 
     def mode(self) -> Tensor:
         """The deployed step, `(N, D)`: eta = 0 and no floor, whatever the exploration."""
-        return transition.step(self.schedule, *self._inputs).mean.flatten(1)
+        return transition.step(self.schedule, *self._inputs, past=self._past).mean.flatten(1)
 
     def actions_from_params(self, *args: Any, deterministic: bool = False) -> Tensor:
         return self.proba_distribution(*args).get_actions(deterministic=deterministic)

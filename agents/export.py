@@ -149,10 +149,10 @@ def export_student(
 ) -> Path:
     """Write a student as a diffusers folder: the network, `scheduler/`, `redif.json`, `README.md`.
 
-    The scheduler is diffusers' DPMSolverMultistep of order 1, which equals DDIM at eta = 0 and,
-    unlike diffusers' DDIMScheduler, steps through any list of timesteps; for flow matching it is
-    FlowMatchEulerDiscrete, for EDM EDMEuler. Its noise schedule is the student's, whatever the
-    config says.
+    The scheduler is diffusers' DPMSolverMultistep of the student's order; of order 1 it equals DDIM
+    at eta = 0 and, unlike diffusers' DDIMScheduler, steps through any list of timesteps. For flow
+    matching it is FlowMatchEulerDiscrete, for EDM EDMEuler, of order 1 alone. Its noise schedule is
+    the student's, whatever the config says.
 
     Args:
         student: The denoiser, of a kind that `can_export` accepts. Adapters are merged.
@@ -243,8 +243,9 @@ def load_adaptive(folder: str | Path) -> AdaptivePipeline:
 def can_export(student: Denoiser) -> bool:
     """Whether diffusers has classes for a student's network and for its steps.
 
-    The network must be a diffusers model; on a `VPSchedule`, predicting eps, x_0 or v; on a
-    `FlowSchedule`, predicting flow; or in an `EDMNetwork` on a `VESchedule`.
+    The network must be a diffusers model; on a `VPSchedule`, predicting eps, x_0 or v; or, with
+    steps of first order, on a `FlowSchedule`, predicting flow, or in an `EDMNetwork` on a
+    `VESchedule`.
     """
     return _has_diffusers_network(student) and _scheduler_class(student) is not None
 
@@ -416,10 +417,11 @@ def _make_flow_scheduler(
 def _make_vp_scheduler(
     scheduler_config: Mapping[str, Any], student: Denoiser
 ) -> DPMSolverMultistepScheduler:
-    """DDIM at eta = 0, with the student's own table where the config means another."""
+    """DPM-Solver++, with the student's own table where the config means another."""
     options = {
         "algorithm_type": "dpmsolver++",
-        "solver_order": 1,
+        "solver_order": student.solver_order,
+        "solver_type": "midpoint",
         "final_sigmas_type": "zero",
         "prediction_type": student.prediction_type,
         "variance_type": None,  # what networks predict of it is left out
@@ -483,7 +485,7 @@ def _make_edm_scheduler(student: Denoiser) -> EDMEulerScheduler:
 def describe_student(student: Denoiser, grid: Tensor) -> dict[str, Any]:
     """What a sampler must know beside the weights."""
     times = [float(t) for t in grid[:-1]]
-    known: dict[str, Any] = {"num_steps": len(times)}
+    known: dict[str, Any] = {"num_steps": len(times), "solver_order": student.solver_order}
     if _is_flow(student):
         known["sigmas"] = [t / student.schedule.num_train_timesteps for t in times]
     elif _is_edm(student):
@@ -582,12 +584,14 @@ def _times_name(student: Denoiser) -> str:
 def _scheduler_class(student: Denoiser) -> type | None:
     """The stock scheduler whose steps are the kernel's, if there is one."""
     predicts = student.prediction_type
+    if isinstance(student.schedule, VPSchedule) and predicts != "flow_prediction":
+        return DPMSolverMultistepScheduler
+    if student.solver_order > 1:
+        return None
     if _is_edm(student):
         return EDMEulerScheduler if predicts == "sample" else None
     if _is_flow(student):
         return FlowMatchEulerDiscreteScheduler if predicts == "flow_prediction" else None
-    if isinstance(student.schedule, VPSchedule) and predicts != "flow_prediction":
-        return DPMSolverMultistepScheduler
     return None
 
 
@@ -596,9 +600,10 @@ def _find_scheduler_class(student: Denoiser) -> type:
     if kind is None:
         raise InvalidArgumentError(
             "student",
-            f"{student.prediction_type} on {type(student.schedule).__name__}",
-            "diffusers has no scheduler for it, only for a VPSchedule, for flow_prediction on a "
-            "FlowSchedule, and for an EDMNetwork on a VESchedule: save "
+            f"{student.prediction_type} on {type(student.schedule).__name__}, solver_order "
+            f"{student.solver_order}",
+            "diffusers has no scheduler for it, only for a VPSchedule and, of order 1, for "
+            "flow_prediction on a FlowSchedule and for an EDMNetwork on a VESchedule: save "
             "student.network.state_dict() instead.",
         )
     return kind

@@ -11,6 +11,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 
 from redif_env.errors import InvalidArgumentError, check_integer
+from redif_env.mdp import PAST
 
 LATENTS = "latents"
 TIMES = ("timestep", "steps_left")  # in [0, 1]
@@ -28,6 +29,8 @@ class LatentFeatures(BaseFeaturesExtractor):
     One hidden layer then mixes latents, time and class; latents of other shapes go there directly.
     Times t enter as `cos(pi k t)`, k = 1 to 16, because neighbouring times of a grid hardly differ
     as numbers in [0, 1], and what is right at one may be wrong at the next.
+
+    What the step before predicted, where that is observed, joins the latents as further channels.
 
     There is no normalisation and no dropout: latents have unit scale, PPO's ratio must be 1 before
     the first update, and TRPO differentiates twice.
@@ -54,7 +57,9 @@ class LatentFeatures(BaseFeaturesExtractor):
         super().__init__(observation_space, check_integer("features_dim", features_dim, 1))
         parts = observation_space.spaces
         shape = parts[LATENTS].shape or ()
-        self._known = [name for name in parts if name != LATENTS]
+        self._seen = [name for name in (LATENTS, PAST) if name in parts]
+        shape = (len(self._seen) * shape[0], *shape[1:])
+        self._known = [name for name in parts if name not in self._seen]
         known = sum(_size(name, parts[name]) for name in self._known)
         halvings = _halvings(shape)
         self.image = nn.Sequential()
@@ -65,7 +70,7 @@ class LatentFeatures(BaseFeaturesExtractor):
 
     def forward(self, observations: dict[str, Tensor]) -> Tensor:
         """Features, float32 `(N, F)`."""
-        latents = observations[LATENTS]
+        latents = torch.cat([observations[name] for name in self._seen], dim=1)
         known = torch.cat([_embedded(name, observations[name]) for name in self._known], dim=1)
         if len(self.image):
             planes = known[:, :, None, None].expand(-1, -1, *latents.shape[2:])

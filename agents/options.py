@@ -76,12 +76,18 @@ def _numbers(name: str, value: Any) -> list[float]:
     return [check_number(name, each) for each in value]
 
 
+def _radii(name: str, value: Any) -> int | list[int]:
+    if isinstance(value, str | bytes) or not hasattr(value, "__iter__"):
+        return check_integer(name, value, 0)
+    return [check_integer(name, each, 0) for each in value]
+
+
 CHECKS: dict[str, Check] = {
     "ratio": _one_of(*RATIOS),
     "advantage": _one_of(*ADVANTAGES),
     "credit": _one_of(*CREDITS),
     "local_weight": _number(0, 1),
-    "local_radius": _integer(0),
+    "local_radius": _radii,
     "advantage_clip": _optional(_number(1e-6)),
     "stochastic_steps": _or_one_of(STOCHASTIC_STEPS, _integer(1)),
     "step_weights": _optional(_numbers),

@@ -13,6 +13,7 @@ from stable_baselines3.common.utils import LinearSchedule
 from torch import Tensor
 
 from redif_env import parallel
+from redif_env.denoiser import check_order
 from redif_env.errors import InvalidArgumentError, check_choice, check_integer, check_number
 from redif_env.rewards import Reward
 from redif_env.teacher import Teacher, TeacherBank
@@ -27,7 +28,7 @@ LEARNED = "learned"
 PPO = "ppo"
 WITH_REWARD = ("backprop", "surrogate")  # other methods of `METHODS` have an aim of their own
 # Arguments of `distill` that stand in place of a recipe's, by what they are an option of.
-ENV_OPTIONS = ("group_size", "guidance_scale")
+ENV_OPTIONS = ("group_size", "guidance_scale", "solver_order")
 AGENT_OPTIONS = (
     "batch_size",
     "learning_rate",
@@ -48,7 +49,7 @@ POLICY_OPTIONS = (
     "shard_student",
 )
 # The options of other methods than PPO.
-SHARED_OPTIONS = ("guidance_scale", "batch_size", "learning_rate", "ema_decay")
+SHARED_OPTIONS = ("guidance_scale", "solver_order", "batch_size", "learning_rate", "ema_decay")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,8 +149,10 @@ def check_arguments(given: Mapping[str, Any], callback: BaseCallback | None) -> 
         progress=given["progress"],
         callback=callback,
     )
+    order = check_order(given["solver_order"])
     if plan.method != PPO:
         _refuse_ppo_arguments(plan.method, {**given, "callback": callback})
+        METHODS[plan.method].check_order(order)
     return plan
 
 

@@ -15,7 +15,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor, nn
 
-from redif_env import parallel
+from redif_env import mdp, parallel
 from redif_env.denoiser import Denoiser
 from redif_env.errors import InvalidArgumentError, check_choice, check_number
 from redif_env.loading import build_from_description, can_describe, describe, load_denoiser
@@ -222,6 +222,7 @@ class StudentPolicy(ActorCriticPolicy):
             )
         base = make_student(settings["student"]).eval()
         base.network_evaluations = 0  # a copy of the teacher brings its count along
+        base.set_solver_order(2 if _sees_past(self.observation_space) else 1)
         self.denoiser = make_trainable(base, settings["lora_rank"], settings["lora_targets"])
         self.ema_denoiser = copy_trained(self.denoiser).requires_grad_(False)
         if settings["gradient_checkpointing"]:
@@ -351,6 +352,7 @@ class StudentPolicy(ActorCriticPolicy):
         index, head = self._step_index(obs), self.schedule_head
         t = self.timesteps[index] if head is None else head.time(obs)
         x_t, condition = obs["latents"], _condition(obs)
+        past = mdp.past_of(obs.get(mdp.PAST), self.timesteps, index)
         x0_pred = _ask(denoiser, x_t, t, condition, shared)
         scale = None if self.step_scale is None else self.step_scale(index)
 
@@ -363,7 +365,7 @@ class StudentPolicy(ActorCriticPolicy):
                 self.exploration_noise,
                 self.exploration_unit,
             )
-            return kernel.proba_distribution(x_t, x0_pred, t, s, scale)
+            return kernel.proba_distribution(x_t, x0_pred, t, s, scale, past)
 
         if head is None:
             return step(self.timesteps[index + 1])
@@ -426,6 +428,7 @@ class StudentPolicy(ActorCriticPolicy):
         nn.Module.to(copied.network, torch.float32)
         copied.network.load_state_dict(sharding.whole(self.ema_denoiser.network.state_dict()))
         copied.batch_size = self.ema_denoiser.batch_size
+        copied.set_solver_order(self.ema_denoiser.solver_order)
         return copied.to(self.device)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
@@ -572,6 +575,11 @@ def _group(name: str, parameters: Iterable[Tensor], lr_scale: float) -> dict[str
         "lr_scale": lr_scale,
         "norm_name": f"{name}_grad_norm",
     }
+
+
+def _sees_past(observation_space: Any) -> bool:
+    """Whether the environment's steps are of second order, and so the student's."""
+    return isinstance(observation_space, spaces.Dict) and mdp.PAST in observation_space.spaces
 
 
 def _check_spaces(

@@ -92,7 +92,8 @@ class ReDiFPPO(PPO):
             `ratio="element"`, else `"global"`. Wrappers that change rewards need `"global"`, or
             change the map too.
         local_weight: Share of local credit in the mixture with global credit, in [0, 1].
-        local_radius: Elements around its own place whose reward an element is credited with.
+        local_radius: Elements around its own place whose reward an element is credited with; or one
+            such number for each step, where one step explores.
         advantage_clip: Largest size of a normalised advantage; None does not clip.
         stochastic_steps: `"all"`, `"one"`, or a number of neighbouring steps (cyclically, so that
             each step explores equally often): only these explore, at random and the same ones in
@@ -167,7 +168,7 @@ class ReDiFPPO(PPO):
         advantage: str = "group",
         credit: str | None = None,
         local_weight: float = 1.0,
-        local_radius: int = 0,
+        local_radius: int | Sequence[int] = 0,
         advantage_clip: float | None = None,
         stochastic_steps: str | int | None = None,
         step_weights: Sequence[float] | None = None,
@@ -204,7 +205,7 @@ class ReDiFPPO(PPO):
         default = "local" if ratio == "element" else "global"
         self.credit: str = check("credit", default if credit is None else credit)
         self.local_weight: float = check("local_weight", local_weight)
-        self.local_radius: int = check("local_radius", local_radius)
+        self.local_radius: int | list[int] = check("local_radius", local_radius)
         self.advantage_clip: float | None = check("advantage_clip", advantage_clip)
         self.divergence: str | None = check("divergence", divergence)
         self.divergence_coef: float = check("divergence_coef", divergence_coef)

@@ -75,9 +75,11 @@ def _changed(recipe: Recipe, agent: dict[str, Any], env: dict[str, Any] | None =
 
 _PENALTY = {"divergence": "kl", "divergence_coef": 0.04, "advantage_clip": 5.0}
 
-# What a recipe's agent changes for students of 3 steps and more. The paired error of 4 steps falls
-# by a fifth with this, that of 2 steps rises by a fourteenth (docs/decisions.md).
-FROM_3_STEPS: dict[str, dict[str, Any]] = {"default": {"learning_rate": 1e-4}}
+# What a recipe's agent changes for students of so many steps and more: the closer their start is to
+# the teacher, the smaller the rate that still improves on it (docs/decisions.md).
+FROM_STEPS: dict[str, dict[int, dict[str, Any]]] = {
+    "default": {3: {"learning_rate": 1e-4}, 6: {"learning_rate": 2e-5}}
+}
 PRESETS: dict[str, Recipe] = {
     "default": _DEFAULT,
     "ddpo": _DDPO,
@@ -104,6 +106,7 @@ def preset(name: str, num_steps: int = 1) -> Recipe:
         InvalidArgumentError: for an unknown name.
     """
     recipe = copy.deepcopy(PRESETS[check_choice("preset", name, tuple(PRESETS))])
-    if num_steps >= 3:
-        recipe["agent"] |= FROM_3_STEPS.get(name, {})
+    for fewest, changes in FROM_STEPS.get(name, {}).items():
+        if num_steps >= fewest:
+            recipe["agent"] |= changes
     return recipe

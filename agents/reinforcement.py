@@ -33,7 +33,7 @@ from .sampling import sample
 
 NUM_COUNTED = 512  # tasks whose steps are counted for a mean
 # What a recipe's changes mean that are no arguments of `ReDiFPPO`.
-ENV_OPTIONS = ("group_size", "step_cost")
+ENV_OPTIONS = ("group_size", "step_cost", "solver_order")
 POLICY_OPTIONS = (
     "exploration_mean",
     "exploration_noise",
@@ -132,9 +132,9 @@ def train(
         reward: Without a map credit is global. Terms that are trained are, after every rollout.
         seed: Of training.
         on_iteration: Called with the iterations done and the averaged student.
-        changes: To the recipe: `group_size`, `step_cost`, `decay`, `exploration_mean`,
-            `exploration_noise`, `exploration_unit`, `learn_std`, `schedule_lr_scale`, and arguments
-            of `ReDiFPPO`.
+        changes: To the recipe: `group_size`, `step_cost`, `solver_order`, `decay`,
+            `exploration_mean`, `exploration_noise`, `exploration_unit`, `learn_std`,
+            `schedule_lr_scale`, and arguments of `ReDiFPPO`.
 
     Raises:
         InvalidArgumentError: for an argument that makes no sense, before anything is computed.

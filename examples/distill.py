@@ -29,9 +29,11 @@ class Args:
     warm_up: int | None = None
     """Iterations of regression on the teacher's answers first; default: 1000 if smaller, else 0."""
     schedule: str = "search"
-    """search (best grid of plain DDIM), uniform, karras, or times such as 850,533,289,120."""
+    """search (the best for the untrained student), uniform, karras, or times like 850,533,289."""
     reward: str = "mse"
     """A name of docs/rewards.md, or a sum such as "mse + 0.5*ssim"."""
+    solver_order: int = 1
+    """1 steps as DDIM, 2 as DPM-Solver++ 2M, which is closer with many steps."""
     iterations: int = 150
     """Rollouts, each followed by an update."""
     num_envs: int = 512
@@ -107,6 +109,7 @@ def table(report: dict[str, Any]) -> str:
         "student": f"student, {steps} steps",
         "warm_up": f"student, {steps} steps, warm-up alone",
         "ddim_searched": f"DDIM, {steps} steps, searched grid",
+        "dpmpp2m_searched": f"DPM-Solver++, {steps} steps, searched",
         "ddim": f"DDIM, {steps} steps, uniform grid",
         "teacher_floor": "teacher itself (floor)",
     }

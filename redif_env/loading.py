@@ -134,7 +134,8 @@ def build_denoiser(
     Args:
         network: Of one of the classes in `families.NETWORKS`.
         scheduler: Any diffusers scheduler of the same noise schedule.
-        metadata: `num_classes` and `null_class`, where the network has classes.
+        metadata: `num_classes` and `null_class`, where the network has classes, and `solver_order`
+            of a student that has one.
         conditions: A table, for networks that are conditioned on more than a class.
         guidance_scale: Scale of classifier-free guidance; 1 is none.
         guidance_rescale: See `Denoiser`.
@@ -166,6 +167,7 @@ def build_denoiser(
         guidance_rescale=guidance_rescale,
         call=call,
         batch_size=batch_size,
+        solver_order=metadata.get("solver_order", 1),
     )
 
 
@@ -241,6 +243,7 @@ def load_teacher(
         latent_size=latent_size,
         batch_size=batch_size,
     )
+    denoiser.set_solver_order(1)  # a teacher is sampled with its own solver
     codec = None if parts.autoencoder is None else families.make_codec(parts.autoencoder)
     name = str(source) if str(source) in BUNDLED else str(parts.folder)
     teacher = Teacher(
@@ -390,6 +393,7 @@ def describe(denoiser: Denoiser, scheduler: SchedulerMixin) -> dict[str, Any]:
         "conditions": denoiser.conditions,
         "guidance_scale": denoiser.guidance_scale,
         "guidance_rescale": denoiser.guidance_rescale,
+        "solver_order": denoiser.solver_order,
     }
 
 

@@ -17,6 +17,7 @@ from .denoiser import Denoiser
 from .noise import NoiseSchedule, expand, from_x0, to_x0
 from .teacher import TeacherBank
 
+PAST = "past_prediction"  # the name of `past_x0` in observations
 ACTION_TYPES = ("latent", "sample", "epsilon", "v_prediction", "flow_prediction")
 
 
@@ -31,6 +32,8 @@ class EnvState:
         x_T: The noise that the trajectory started from, like `x_t`.
         teacher_x_0: The teacher's answer to that noise, like `x_t`; hidden from the agent.
         condition: Classes, int64 `(N,)`, or None.
+        past_x0: What the step before predicted, like `x_t`, zeros in the first; None with steps of
+            first order, which do not ask.
     """
 
     x_t: Tensor
@@ -39,6 +42,7 @@ class EnvState:
     x_T: Tensor
     teacher_x_0: Tensor
     condition: Tensor | None
+    past_x0: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,8 @@ class Process:
         nfe_per_step: Network evaluations of a student's step (2 with guidance).
         student: Frozen student of residual actions and of `follow`; None for plain actions.
         residual_scale: What a residual action is multiplied by.
+        solver_order: Of the deterministic step that an action is, see `transition`; 2 only with
+            `timesteps`.
     """
 
     schedule: NoiseSchedule
@@ -74,6 +80,7 @@ class Process:
     nfe_per_step: int = 1
     student: Denoiser | None = None
     residual_scale: float = 1.0
+    solver_order: int = 1
 
     @property
     def choice_dim(self) -> int:
@@ -99,6 +106,7 @@ def initial(process: Process, bank: TeacherBank, rows: Tensor) -> EnvState:
         x_T=x_T,
         teacher_x_0=bank.teacher_x_0[rows],
         condition=None if bank.condition is None else bank.condition[rows],
+        past_x0=torch.zeros_like(x_T) if process.solver_order == 2 else None,
     )
 
 
@@ -113,8 +121,29 @@ def transition(process: Process, state: EnvState, action: Tensor) -> EnvState:
     shape = state.x_t.shape
     dim = state.x_t[0].numel()
     s = next_time(process, state, action[:, dim:])
-    x_s = _step_output(process, state, action[:, :dim].reshape(shape), s)
-    return replace(state, x_t=x_s, t=s, step_index=state.step_index + 1)
+    past = past_of(state.past_x0, process.timesteps, state.step_index)
+    x_s = _step_output(process, state, action[:, :dim].reshape(shape), s, past)
+    after = replace(state, x_t=x_s, t=s, step_index=state.step_index + 1)
+    if past is None:
+        return after
+    # Of the action, not of a network: what explored has its own share in the next step.
+    predicted = kernel.x0_of_step(process.schedule, state.x_t, x_s, state.t, s, past)
+    return replace(after, past_x0=predicted)
+
+
+def past_of(
+    past_x0: Tensor | None, timesteps: Tensor | None, step_index: Tensor
+) -> kernel.Past | None:
+    """The step before of N rows on a fixed grid; None with steps of first order.
+
+    Args:
+        past_x0: What was predicted in it, `(N, ...)`, or None.
+        timesteps: The grid, `(max_steps + 1,)`.
+        step_index: Steps made, int64 `(N,)`.
+    """
+    if past_x0 is None or timesteps is None:
+        return None
+    return kernel.Past(past_x0, timesteps[(step_index - 1).clamp_min(0)])
 
 
 def follow(process: Process, state: EnvState, choice: Tensor) -> EnvState:
@@ -176,7 +205,7 @@ def next_time(process: Process, state: EnvState, choice: Tensor) -> Tensor:
 def observation(process: Process, state: EnvState) -> dict[str, Tensor]:
     """What the agent sees; tensors that share no memory with the state."""
     condition = None if state.condition is None else state.condition.clone()
-    return observe(
+    seen = observe(
         state.x_t.clone(),
         state.t,
         state.step_index,
@@ -184,6 +213,9 @@ def observation(process: Process, state: EnvState) -> dict[str, Tensor]:
         process.schedule,
         process.max_steps,
     )
+    if state.past_x0 is not None:
+        seen[PAST] = state.past_x0.clone()
+    return seen
 
 
 def observe(
@@ -250,23 +282,27 @@ def stay_ended(process: Process, before: EnvState, after: EnvState) -> EnvState:
     )
 
 
-def _step_output(process: Process, state: EnvState, output: Tensor, s: Tensor) -> Tensor:
+def _step_output(
+    process: Process, state: EnvState, output: Tensor, s: Tensor, past: kernel.Past | None
+) -> Tensor:
     """`x_s` from the step output of an action, both `(N, *latent_shape)`."""
     schedule, x_t, t = process.schedule, state.x_t, state.t
     if process.student is not None:
         x0_pred = process.student(x_t, t, state.condition)
-        output = process.residual_scale * output + _as_output(process, state, x0_pred, s)
+        output = process.residual_scale * output + _as_output(process, state, x0_pred, s, past)
     if process.action_type == "latent":
         return output
     alpha, sigma = expand(schedule.alpha(t), x_t), expand(schedule.sigma(t), x_t)
     x0_pred = to_x0(output, x_t, alpha, sigma, process.action_type)
-    return kernel.step(schedule, x_t, x0_pred, t, s).mean
+    return kernel.step(schedule, x_t, x0_pred, t, s, past=past).mean
 
 
-def _as_output(process: Process, state: EnvState, x0_pred: Tensor, s: Tensor) -> Tensor:
-    """The step output that stands for the deterministic DDIM step with `x0_pred`."""
+def _as_output(
+    process: Process, state: EnvState, x0_pred: Tensor, s: Tensor, past: kernel.Past | None
+) -> Tensor:
+    """The step output that stands for the deterministic step with `x0_pred`."""
     schedule, x_t, t = process.schedule, state.x_t, state.t
     if process.action_type == "latent":
-        return kernel.step(schedule, x_t, x0_pred, t, s).mean
+        return kernel.step(schedule, x_t, x0_pred, t, s, past=past).mean
     alpha, sigma = expand(schedule.alpha(t), x_t), expand(schedule.sigma(t), x_t)
     return from_x0(x0_pred, x_t, alpha, sigma, process.action_type)

@@ -123,9 +123,10 @@ def _finish(schedule: NoiseSchedule, times: Tensor, num_steps: int) -> Tensor:
 
 
 def sample(denoiser: Denoiser, x_T: Tensor, condition: Tensor | None, grid: Tensor) -> Tensor:
-    """Deterministic DDIM along `grid`: the sampler of every student, and the few-step baseline.
+    """Deterministic steps along `grid`: the sampler of every student, and the few-step baseline.
 
-    Gradients flow to the network, unless they are switched off.
+    DDIM's, or of second order, as the denoiser's `solver_order` says. Gradients flow to the
+    network, unless they are switched off.
 
     Args:
         denoiser: The student.
@@ -136,10 +137,12 @@ def sample(denoiser: Denoiser, x_T: Tensor, condition: Tensor | None, grid: Tens
     Returns:
         `x_0`, float32 `(N, ...)`.
     """
-    x_t = x_T
+    x_t, past = x_T, None
     times = grid.to(x_T).unsqueeze(1).expand(-1, len(x_T))
     for t, s in itertools.pairwise(times):
-        x_t = transition.step(denoiser.schedule, x_t, denoiser(x_t, t, condition), t, s).mean
+        x0_pred = denoiser(x_t, t, condition)
+        x_t = transition.step(denoiser.schedule, x_t, x0_pred, t, s, past=past).mean
+        past = transition.Past(x0_pred, t) if denoiser.solver_order == 2 else None
     return x_t
 
 
@@ -168,7 +171,7 @@ def search(
     rounds: int = 3,
     sampler: Sampler = sample,
 ) -> Tensor:
-    """The best grid for plain DDIM, or for another sampler, on the bank's tasks.
+    """The best grid for the denoiser's own steps, or for another sampler, on the bank's tasks.
 
     Coordinate descent from the better of two starts: each time moves by plus or minus a stride
     while that lowers the paired MSE; the stride halves until it is under a hundredth of the axis. A

@@ -9,6 +9,16 @@ For any schedule (Song et al. 2021, eq. 12 and 16, written in alpha and sigma):
     \mathrm{mean} &= \alpha_s \hat x_0 + \sqrt{\sigma_s^2 - \mathrm{std}^2}\,\hat\epsilon
 
 VP schedules give DDIM(eta) and, at eta = 1, DDPM; VE schedules give EDM's ancestral step.
+
+With the step before, a step is of second order: DPM-Solver++ 2M (Lu et al. 2022, arXiv 2211.01095,
+algorithm 2) is this kernel with an extrapolated prediction in the place of :math:`\hat x_0`,
+
+.. math::
+    \hat x_0 + c\,(\hat x_0 - \hat x_0^{before}), \qquad
+    c = \frac{\lambda_s - \lambda_t}{2\,(\lambda_t - \lambda_{before})}, \qquad
+    \lambda = \log \frac{\alpha}{\sigma}
+
+where c is 0 in the first step, which has none before it, and in the last, to the data.
 """
 
 from __future__ import annotations
@@ -30,6 +40,18 @@ EXPLORATION_UNITS = (LATENT, PREDICTION)
 LEAST_GAIN = 1e-2  # float32 still has digits for noise of a hundredth of min_std
 
 
+class Past(NamedTuple):
+    """The step before, of which steps of second order make use.
+
+    Attributes:
+        x0_pred: What was predicted in it, float32 `(N, ...)`; any numbers where there was none.
+        t: The times it started at, float `(N,)`; where there was none, those of the step itself.
+    """
+
+    x0_pred: Tensor
+    t: Tensor
+
+
 class Gaussian(NamedTuple):
     """An isotropic Gaussian a row.
 
@@ -43,7 +65,13 @@ class Gaussian(NamedTuple):
 
 
 def step(
-    schedule: NoiseSchedule, x_t: Tensor, x0_pred: Tensor, t: Tensor, s: Tensor, eta: float = 0.0
+    schedule: NoiseSchedule,
+    x_t: Tensor,
+    x0_pred: Tensor,
+    t: Tensor,
+    s: Tensor,
+    eta: float = 0.0,
+    past: Past | None = None,
 ) -> Gaussian:
     """The kernel's mean and standard deviation.
 
@@ -53,27 +81,41 @@ def step(
         x0_pred: The network's estimate of the data, `(N, ...)`.
         t: Current times, float `(N,)`, in (0, T].
         s: Target times, float `(N,)`, `0 <= s < t`. At `s = 0` the std is 0 and the mean `x0_pred`.
-        eta: Noise factor in [0, 1]; 0 is deterministic DDIM.
+        eta: Noise factor in [0, 1]; 0 is deterministic: DDIM, or DPM-Solver++ 2M.
+        past: The step before, for a step of second order; None: of first order.
     """
     scales = _scales(schedule, x_t, t, s)
     std = eta * _max_std(*scales)
+    x0_pred = _extrapolated(schedule, x0_pred, t, s, past)
     return Gaussian(_mean(x_t, x0_pred, scales, std), std)
 
 
-def x0_of_step(schedule: NoiseSchedule, x_t: Tensor, x_s: Tensor, t: Tensor, s: Tensor) -> Tensor:
+def x0_of_step(
+    schedule: NoiseSchedule,
+    x_t: Tensor,
+    x_s: Tensor,
+    t: Tensor,
+    s: Tensor,
+    past: Past | None = None,
+) -> Tensor:
     r"""The `x0_pred` whose deterministic step from `x_t` ends in `x_s`: the inverse of `step`.
 
     .. math:: (x_s - r x_t) / (\alpha_s - r \alpha_t), \qquad r = \sigma_s / \sigma_t
 
-    (Salimans and Ho 2022, algorithm 2 and appendix G.)
+    (Salimans and Ho 2022, algorithm 2 and appendix G.) A step of second order is solved for the
+    prediction that it extrapolates.
 
     Args:
-        schedule, x_t, t, s: as for `step`.
+        schedule, x_t, t, s, past: as for `step`.
         x_s: Where the step ends, `(N, ...)`.
     """
     alpha_t, sigma_t, alpha_s, sigma_s = _scales(schedule, x_t, t, s)
     ratio = sigma_s / sigma_t
-    return (x_s - ratio * x_t) / (alpha_s - ratio * alpha_t)
+    stepped = (x_s - ratio * x_t) / (alpha_s - ratio * alpha_t)
+    if past is None:
+        return stepped
+    share = expand(_extrapolation(schedule, t, s, past), x_t)
+    return (stepped + share * past.x0_pred) / (1 + share)
 
 
 def exploration(
@@ -86,6 +128,7 @@ def exploration(
     min_std: float,
     mean: str = "ode",
     unit: str = LATENT,
+    past: Past | None = None,
 ) -> Gaussian:
     """The distribution that a policy explores with: the kernel with its std floored at `min_std`.
 
@@ -100,12 +143,14 @@ def exploration(
         unit: `"latent"`: of `x_s`, the same in all steps; `"prediction"`: of `x0_pred`, of which
             `x_s` gets the share that `_gain` says. Early steps change little of `x_s`, but the rest
             of the trajectory enlarges what they change: noise of the same size there would be
-            far wider in the final sample.
+            far wider in the final sample. Of steps of second order: of the extrapolated prediction.
+        past: as for `step`.
     """
     check_choice("mean", mean, EXPLORATION_MEANS)
     check_choice("unit", unit, EXPLORATION_UNITS)
     scales = _scales(schedule, x_t, t, s)
     std = eta * _max_std(*scales)
+    x0_pred = _extrapolated(schedule, x0_pred, t, s, past)
     inner = std if mean == "sde" else torch.zeros_like(std)
     least = min_std * _gain(*scales) if unit == PREDICTION else torch.full_like(std, min_std)
     return Gaussian(_mean(x_t, x0_pred, scales, inner), torch.maximum(std, least))
@@ -119,6 +164,25 @@ def _scales(schedule: NoiseSchedule, x: Tensor, t: Tensor, s: Tensor) -> tuple[T
         expand(schedule.alpha(s), x),
         expand(schedule.sigma(s), x),
     )
+
+
+def _extrapolated(
+    schedule: NoiseSchedule, x0_pred: Tensor, t: Tensor, s: Tensor, past: Past | None
+) -> Tensor:
+    if past is None:
+        return x0_pred
+    return x0_pred + expand(_extrapolation(schedule, t, s, past), x0_pred) * (
+        x0_pred - past.x0_pred
+    )
+
+
+def _extrapolation(schedule: NoiseSchedule, t: Tensor, s: Tensor, past: Past) -> Tensor:
+    """The share c of the change since the step before, `(N,)`; 0 in the first and last step."""
+    before, now, then = (
+        schedule.alpha(time).log() - schedule.sigma(time).log() for time in (past.t, t, s)
+    )
+    share = (then - now) / (2 * (now - before))
+    return torch.where((past.t > t) & (s > 0), share, 0.0)
 
 
 def _max_std(alpha_t: Tensor, sigma_t: Tensor, alpha_s: Tensor, sigma_s: Tensor) -> Tensor:

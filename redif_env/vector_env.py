@@ -66,6 +66,7 @@ class ReDiFVectorEnv(VectorEnv):
     | `timestep` | float32 `(1,)` | `t / T` |
     | `steps_left` | float32 `(1,)` | share of `max_steps` that is left |
     | `condition` | int64 `()` | class, or number of the prompt; only with a conditional teacher |
+    | `past_prediction` | float32 `latent_shape` | of the step before; only with `solver_order=2` |
 
     ## Rewards
     0 until the data is reached; then `reward(x_0, teacher_x_0, condition) - step_cost * nfe`.
@@ -96,6 +97,10 @@ class ReDiFVectorEnv(VectorEnv):
         step_cost: Reward taken for each network evaluation.
         guidance_scale: Of the student, which decides the cost of a step; default: the teacher's. 1
             against a guided teacher distils guidance away.
+        solver_order: Of the steps: 1 for DDIM's, 2 for DPM-Solver++ 2M's, which make use of the
+            step before, see `transition`; 2 only along a fixed schedule. With
+            `action_type="latent"` an action says itself where it leads: then the order decides
+            what is observed, so that a policy can step so.
         group_size: K neighbouring rows that share tasks; must divide `num_envs`.
         residual: Whether actions correct a frozen student.
         residual_scale: What a residual action is multiplied by.
@@ -137,6 +142,7 @@ class ReDiFVectorEnv(VectorEnv):
         action_type: str = "latent",
         step_cost: float = 0.0,
         guidance_scale: float | None = None,
+        solver_order: int = 1,
         group_size: int = 1,
         residual: bool = False,
         residual_scale: float = 0.1,
@@ -183,9 +189,17 @@ class ReDiFVectorEnv(VectorEnv):
         student = copy.copy(denoiser)
         if guidance_scale is not None:
             student.set_guidance(guidance_scale, denoiser.guidance_rescale)
-        self.guidance_scale = student.guidance_scale
+        student.set_solver_order(solver_order)
+        self.guidance_scale, self.solver_order = student.guidance_scale, student.solver_order
         timesteps, max_steps = _resolve_schedule(schedule, denoiser.schedule, num_steps)
         _check_action_type(action_type, denoiser.schedule, timesteps)
+        if timesteps is None and self.solver_order != 1:
+            raise InvalidArgumentError(
+                "solver_order",
+                solver_order,
+                "pass 1 with a free schedule: steps of any length may follow each other, and to "
+                "extrapolate far beyond the step before has no bound.",
+            )
         if reward.over_batch and timesteps is None:
             raise InvalidArgumentError(
                 "reward",
@@ -203,6 +217,7 @@ class ReDiFVectorEnv(VectorEnv):
             nfe_per_step=student.nfe,
             student=copy.deepcopy(student) if residual else None,
             residual_scale=residual_scale,
+            solver_order=self.solver_order,
             **_check_free(start, min_steps, timesteps, max_steps, denoiser.schedule),
         )
         self._bank = None if bank is None else _check_bank(bank, denoiser).to(self.device)
@@ -386,6 +401,8 @@ class ReDiFVectorEnv(VectorEnv):
         }
         if denoiser.num_classes is not None:
             seen["condition"] = spaces.Discrete(denoiser.num_classes)
+        if process.solver_order == 2:
+            seen[mdp.PAST] = spaces.Box(-np.inf, np.inf, denoiser.latent_shape, np.float32)
         dim = int(np.prod(denoiser.latent_shape))
         high = np.full(dim + process.choice_dim, self.action_bound, np.float32)
         high[dim:] = 1

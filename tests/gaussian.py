@@ -101,3 +101,8 @@ def exact_factor(schedule: NoiseSchedule, t: float) -> float:
     """The factor of infinitely many steps from `t` to the data: the probability-flow ODE."""
     alpha, sigma = scales(schedule, t)
     return STD / math.sqrt(alpha**2 * STD**2 + sigma**2)
+
+
+def exact_x_0(schedule: NoiseSchedule, x_t: Tensor, t: float) -> Tensor:
+    """Where the probability-flow ODE leads from `x_t` at time `t`: the data it came from."""
+    return MEAN + exact_factor(schedule, t) * (x_t - scales(schedule, t)[0] * MEAN)

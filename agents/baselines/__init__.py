@@ -19,7 +19,7 @@ from .consistency import Consistency
 from .distribution_matching import DistributionMatching
 from .output_regression import OutputRegression
 from .progressive import Progressive
-from .solvers import SOLVERS, fits, search, solve
+from .solvers import SOLVERS, UNTRAINED, fits, search, solve
 from .surrogate import Surrogate
 from .trajectory_regression import TrajectoryRegression
 
@@ -39,6 +39,7 @@ __all__ = [
     "ENTRANTS",
     "METHODS",
     "SOLVERS",
+    "UNTRAINED",
     "Backprop",
     "Consistency",
     "DistributionMatching",

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from redif_env import schedules
-from redif_env.denoiser import Denoiser
+from redif_env.denoiser import SOLVER_ORDERS, Denoiser, check_order
 from redif_env.errors import InvalidArgumentError, check_integer, check_number
 from redif_env.noise import NoiseSchedule, expand
 from redif_env.teacher import Teacher, TeacherBank
+from redif_env.transition import Past
 
 from ..averaging import update_average
 from ..smaller import count_flops
@@ -151,6 +152,10 @@ class Run:
         last = torch.full_like(t, self.schedule.max_timestep)
         return torch.where(t == self.grid[0].to(t), last, t)
 
+    def past(self, x0_pred: Tensor, t: Tensor) -> Past | None:
+        """What the student's next step makes use of; no gradient flows back to this one."""
+        return Past(x0_pred.detach(), t) if self.student.solver_order == 2 else None
+
     def states(self, tasks: TeacherBank, t: Tensor) -> Tensor:
         """Inputs of a student at the times `t`: the teacher's answers, diffused.
 
@@ -164,10 +169,12 @@ class Run:
 class Method(ABC):
     """One technique of training; an instance belongs to one run.
 
-    Keyword arguments of `__init__` after `run` are the technique's own options.
+    Keyword arguments of `__init__` after `run` are the technique's own options. `solver_orders` are
+    the orders of the student's steps that it can train for.
     """
 
     name: ClassVar[str]
+    solver_orders: ClassVar[tuple[int, ...]] = SOLVER_ORDERS
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -197,6 +204,7 @@ class Method(ABC):
         max_grad_norm: float = 0.5,
         ema_decay: float = 0.95,
         guidance_scale: float | None = None,
+        solver_order: int = 1,
         start: Denoiser | None = None,
         seed: int = 0,
         on_iteration: Callable[[int, Denoiser], None] = lambda iteration, student: None,
@@ -216,6 +224,7 @@ class Method(ABC):
             max_grad_norm: Largest gradient norm.
             ema_decay: Of the student's moving average, an iteration; reached after a warm-up.
             guidance_scale: Of the student; default: the teacher's.
+            solver_order: Of the student's steps, see `Denoiser`; a method has `solver_orders`.
             start: What training starts from, such as another technique's student or a smaller
                 network; not changed. Default: the teacher.
             seed: Of the order of tasks and of all noise.
@@ -233,7 +242,8 @@ class Method(ABC):
         max_grad_norm = check_number("max_grad_norm", max_grad_norm)
         ema_decay = check_number("ema_decay", ema_decay, 0, 1)
         cls.check_options(options)
-        run = _start(teacher, bank, grid, learning_rate, guidance_scale, start, seed)
+        cls.check_order(solver_order)
+        run = _start(teacher, bank, grid, learning_rate, guidance_scale, solver_order, start, seed)
         method = cls(run, **options)
         trained: list[Tensor] = list(run.student.network.parameters())
         averaged: list[Tensor] = list(run.average.network.parameters())
@@ -262,6 +272,14 @@ class Method(ABC):
             on_iteration(iteration, run.average)
         nfe = (len(grid) - 1) * run.average.nfe
         return Result(run.average, run.grid, run.ledger, history, schedules.sample, nfe)
+
+    @classmethod
+    def check_order(cls, solver_order: int) -> None:
+        """Refuse steps that this method can not train for."""
+        if check_order(solver_order) not in cls.solver_orders:
+            raise InvalidArgumentError(
+                "solver_order", solver_order, f"pass 1: {cls.name} is about DDIM's steps."
+            )
 
     @classmethod
     def check_options(cls, options: dict[str, Any]) -> None:
@@ -314,10 +332,12 @@ def _start(
     grid: Tensor,
     learning_rate: float,
     guidance_scale: float | None,
+    solver_order: int,
     start: Denoiser | None,
     seed: int,
 ) -> Run:
     student = copy.deepcopy(start or teacher.denoiser).eval().requires_grad_(True)
+    student.set_solver_order(solver_order)
     if guidance_scale is not None:
         student.set_guidance(guidance_scale, student.guidance_rescale)
     return Run(

@@ -25,6 +25,7 @@ class Consistency(Method):
     """
 
     name = "consistency"
+    solver_orders = (1,)
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)

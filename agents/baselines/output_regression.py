@@ -25,10 +25,11 @@ class OutputRegression(Method):
     def loss(self, rows: Tensor) -> Tensor:
         run, tasks = self.run, self.run.bank.take(rows)
         times = run.grid.to(tasks.x_T).unsqueeze(1).expand(-1, len(rows))
-        losses, x_t = [], tasks.x_T
+        losses, x_t, past = [], tasks.x_T, None
         with run.ledger.count("update", run.student, FORWARD_AND_BACKWARD):
             for t, s in itertools.pairwise(times):
                 x0_pred = run.student(x_t, t, tasks.condition)
                 losses.append((x0_pred - tasks.teacher_x_0).square().mean())
-                x_t = transition.step(run.schedule, x_t, x0_pred.detach(), t, s).mean
+                x_t = transition.step(run.schedule, x_t, x0_pred.detach(), t, s, past=past).mean
+                past = run.past(x0_pred, t)
         return torch.stack(losses).mean()

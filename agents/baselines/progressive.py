@@ -28,6 +28,7 @@ class Progressive(Method):
     """
 
     name = "progressive"
+    solver_orders = (1,)
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)

@@ -59,6 +59,8 @@ SOLVERS: dict[str, Solver] = {
     "unipc": Solver("UniPCMultistepScheduler", {"final_sigmas_type": "zero"}, False),
     "deis": Solver("DEISMultistepScheduler", {}, False),
 }
+# What an untrained student is, by the order of its steps.
+UNTRAINED = {1: "ddim", 2: "dpmpp2m"}
 
 
 class OnTimes:

@@ -21,8 +21,9 @@ from .base import FORWARD_AND_BACKWARD, Method, Run
 class TrajectoryRegression(Method):
     """Squared error of each step's end to the teacher's state, mean over the steps.
 
-    The teacher steps by DDIM through evenly spread times, and through the student's; its states are
-    kept, so that each task is asked for once. The last state is the bank's answer.
+    The teacher steps through evenly spread times, and through the student's, by DDIM or as the
+    student does; its states are kept, so that each task is asked for once. The last state is the
+    bank's answer.
 
     Args:
         run: The run.
@@ -49,11 +50,12 @@ class TrajectoryRegression(Method):
         run, tasks = self.run, self.run.bank.take(rows)
         self._ask_teacher(rows[~self.known[rows]].unique())
         times = run.grid.to(tasks.x_T).unsqueeze(1).expand(-1, len(rows))
-        losses, x_t = [], tasks.x_T
+        losses, x_t, past = [], tasks.x_T, None
         with run.ledger.count("update", run.student, FORWARD_AND_BACKWARD):
             for index, (t, s) in enumerate(itertools.pairwise(times)):
                 x0_pred = run.student(x_t, t, tasks.condition)
-                x_s = transition.step(run.schedule, x_t, x0_pred, t, s).mean
+                x_s = transition.step(run.schedule, x_t, x0_pred, t, s, past=past).mean
+                past = run.past(x0_pred, t)
                 losses.append((x_s - self.states[index, rows]).square().mean())
                 x_t = x_s.detach()
         return torch.stack(losses).mean()
@@ -64,13 +66,14 @@ class TrajectoryRegression(Method):
         run, tasks = self.run, self.run.bank.take(rows)
         if len(rows) == 0:
             return
-        denoiser, x_t = run.teacher.denoiser, tasks.x_T
+        denoiser, x_t, past = run.teacher.denoiser, tasks.x_T, None
         times = self.times.to(x_t).unsqueeze(1).expand(-1, len(rows))
         with run.ledger.count("targets", denoiser):
             ends = self.times[1:].tolist()
             for (t, s), end in zip(itertools.pairwise(times), ends, strict=True):
                 x0_pred = denoiser(x_t, t, tasks.condition)
-                x_t = transition.step(run.schedule, x_t, x0_pred, t, s).mean
+                x_t = transition.step(run.schedule, x_t, x0_pred, t, s, past=past).mean
+                past = run.past(x0_pred, t)
                 if end in self.kept:
                     self.states[self.kept[end], rows] = x_t
         self.known[rows] = True

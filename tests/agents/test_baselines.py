@@ -369,7 +369,7 @@ def test_the_teacher_is_asked_about_noise_at_its_own_time(world, name):
 def test_trajectory_regression_keeps_the_states_of_the_teachers_own_trajectory(world):
     """Of 7 steps here, with the student's time among them."""
     teacher, bank, _ = world
-    run = base._start(teacher, bank, LATE, 0.0, None, None, 0)
+    run = base._start(teacher, bank, LATE, 0.0, None, 1, None, 0)
     method = METHODS["trajectory_regression"](run, teacher_steps=7)
     rows = torch.tensor([3, 1])
     method.loss(rows)

@@ -214,9 +214,10 @@ def test_every_recipe_changes_the_student(teacher, bank, name):
     assert not torch.equal(weights(train(model)), start)
 
 
-def test_the_default_recipe_goes_slower_from_three_steps_on():
-    rates = [presets.preset("default", steps)["agent"]["learning_rate"] for steps in (1, 2, 3, 8)]
-    assert rates == [2e-4, 2e-4, 1e-4, 1e-4]
+def test_the_default_recipe_goes_slower_the_more_steps_there_are():
+    recipes = [presets.preset("default", steps) for steps in (1, 2, 3, 5, 6, 20)]
+    rates = [recipe["agent"]["learning_rate"] for recipe in recipes]
+    assert rates == [2e-4, 2e-4, 1e-4, 1e-4, 2e-5, 2e-5]
     assert presets.preset("ddpo", 8) == presets.preset("ddpo")
 
 
@@ -233,6 +234,9 @@ def test_recipes_are_copies():
         ({"divergence_coef": -1}, "divergence_coef"),
         ({"local_weight": 2}, "local_weight"),
         ({"local_radius": -1}, "local_radius"),
+        ({"local_radius": [0, -1, 0]}, "local_radius"),
+        ({"local_radius": [1, 0, 0, 0]}, "local_radius"),  # of fewer steps
+        ({"local_radius": [1, 0], "stochastic_steps": "all"}, "local_radius"),
         ({"advantage_clip": 0}, "advantage_clip"),
         ({"adaptive_lr": True}, "adaptive_lr"),
         ({"divergence_target": 0.1}, "divergence_target"),

@@ -87,9 +87,12 @@ def expected_samples(student: Denoiser, grid, labels) -> torch.Tensor:
         return schedules.sample(student, x_T, labels, times)
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 2.0])
-def test_the_readme_gives_the_students_own_samples_without_this_project(tmp_path, guidance_scale):
+@pytest.mark.parametrize(("guidance_scale", "order"), [(1.0, 1), (2.0, 1), (1.0, 2)])
+def test_the_readme_gives_the_students_own_samples_without_this_project(
+    tmp_path, guidance_scale, order
+):
     student, grid = load_denoiser("digits", guidance_scale=guidance_scale), (850.0, 533.0, 120.0)
+    student.set_solver_order(order)
     with torch.no_grad():  # a student of its own, not the teacher
         for weight in student.network.parameters():
             weight.mul_(1.02)
@@ -304,6 +307,7 @@ def test_the_folder_holds_what_samplers_need(folder):
     }
     assert json.loads((folder / "redif.json").read_text()) == {
         "num_steps": 2,
+        "solver_order": 1,
         "timesteps": [850, 300],
         "guidance_scale": 2.0,
         "num_classes": 10,

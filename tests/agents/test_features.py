@@ -16,12 +16,14 @@ from redif_env.errors import InvalidArgumentError
 SHAPES = [(1, 8, 8), (3, 16, 16), (2, 20, 9), (1, 9, 9), (5,)]
 
 
-def space(shape, classes=4):
+def space(shape, classes=4, past=False):
     parts = {
         "latents": spaces.Box(-np.inf, np.inf, shape, np.float32),
         "timestep": spaces.Box(0, 1, (1,), np.float32),
         "steps_left": spaces.Box(0, 1, (1,), np.float32),
     }
+    if past:
+        parts["past_prediction"] = parts["latents"]
     if classes:
         parts["condition"] = spaces.Discrete(classes)
     return spaces.Dict(parts)
@@ -35,11 +37,12 @@ def observe(seen, num=3):
     return preprocess_obs(stacked, seen)
 
 
+@pytest.mark.parametrize("past", [False, True])
 @pytest.mark.parametrize("classes", [0, 4])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_part_counts_and_rows_do_not_mix(shape, classes):
+def test_every_part_counts_and_rows_do_not_mix(shape, classes, past):
     torch.manual_seed(0)
-    seen = space(shape, classes)
+    seen = space(shape, classes, past)
     extractor = LatentFeatures(seen, 16)
     before = observe(seen)
     features = extractor(before)

@@ -16,8 +16,8 @@ from small_world import OnRolloutEnd
 from torch import Tensor
 
 from agents import ReDiFPPO
-from redif_env import TeacherBank, schedules
-from redif_env.transition import Gaussian
+from redif_env import TeacherBank, schedules, transition
+from redif_env.transition import Gaussian, Past
 
 DIM, GRID = 3, (900.0, 500.0, 200.0)
 ETA, MIN_STD = 0.3, 0.1
@@ -29,13 +29,16 @@ def make_bank(num: int = 16) -> TeacherBank:
     return TeacherBank(noise, 0.5 * answers)
 
 
-def agent(grid=GRID, num_envs: int = 8, group_size: int = 4, policy=None, **options) -> ReDiFPPO:
+def agent(
+    grid=GRID, num_envs: int = 8, group_size: int = 4, policy=None, solver_order=1, **options
+) -> ReDiFPPO:
     """An agent with an affine student of random weights, which explores in every step."""
 
     def make_student():
         return denoiser(Affine(grid, DIM, scale=0.5), DIM)
 
-    env = make_env(make_student, make_bank(), grid, num_envs, group_size=group_size)
+    fixed = {"group_size": group_size, "solver_order": solver_order}
+    env = make_env(make_student, make_bank(), grid, num_envs, **fixed)
     options = {"learning_rate": 0.0, "eta": ETA, "min_std": MIN_STD, **PLAIN, **options}
     return make_agent(env, make_student, policy=policy, **options)
 
@@ -261,6 +264,7 @@ FOURS = {"group_size": 4, "antithetic": False, "stochastic_steps": "one"}
 GLOBAL = {"credit": "global"}
 ONE_SIZE = {"policy": {"exploration_noise": "rademacher"}}
 NARROW = {"policy": {"exploration_unit": "prediction"}}
+SECOND = {"solver_order": 2}
 
 
 class Estimates:
@@ -335,6 +339,8 @@ EXPECTATIONS = [
     # A quadratic reward sees no more of the noise than its covariance.
     pytest.param(ONE, {**PAIRS, **GLOBAL, **ONE_SIZE}, 1.0, id="pairs-one size"),
     pytest.param(TWO, {**FOURS, **GLOBAL, **ONE_SIZE}, 3 / 8, id="two steps-fours-one size"),
+    # What a step leaves to the next one's extrapolation is part of what its action did.
+    pytest.param(GRID, {**PAIRS, **GLOBAL, **SECOND}, 1 / 3, id="three steps-pairs-second order"),
 ]
 
 
@@ -352,6 +358,12 @@ def test_the_expected_gradient_is_that_of_back_propagation(grid, options, factor
     # negative controls: a missing factor, and the wrong sign
     assert abs(measured - factor * 4 / 3) > 4.5 * error
     assert estimates.deviation(-factor) > 10
+
+
+def test_a_past_that_no_gradient_flows_to_is_noticed(monkeypatch):
+    """Negative control: an action's share in the next step's extrapolation is not small."""
+    monkeypatch.setattr(transition, "Past", lambda x0_pred, t: Past(x0_pred.detach(), t))
+    assert Estimates(GRID, **PAIRS, **GLOBAL, **SECOND).deviation(1 / 3) > 10
 
 
 def test_where_every_step_explores_the_gradient_is_that_of_the_noisy_sampler():

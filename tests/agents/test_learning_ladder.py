@@ -341,7 +341,9 @@ def swapped(x: Tensor) -> Tensor:
     return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
 
 
-@pytest.mark.parametrize(("radius", "solved"), [(0, False), (1, True)])
+@pytest.mark.parametrize(
+    ("radius", "solved"), [(0, False), (1, True), ([0], False), ([1], True)], ids=str
+)
 def test_credit_must_reach_as_far_as_the_effect(radius, solved):
     targets = random_targets(1, 64)
     env = make_env(constant(64), tasks(targets), reward=OfTheNeighbour())

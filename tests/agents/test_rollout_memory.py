@@ -12,6 +12,8 @@ from torch import nn
 
 from agents.memory import rollout_size
 from redif_env import Denoiser
+from redif_env.mdp import PAST
+from redif_env.rewards import fit_map
 
 D = 64
 MODES = {
@@ -78,6 +80,34 @@ def test_states_and_actions_take_steps_plus_one_latents(make_env, make_model, op
     assert store["mean"].numel() == kept * NUM_ENVS * D
 
 
+@pytest.mark.parametrize("options", MODES.values(), ids=MODES)
+def test_what_was_seen_of_the_step_before_comes_out_bit_by_bit(make_env, make_model, options):
+    """Where one step explores, that one's alone is stored; what belongs to it too comes along."""
+    model = make_model(make_env(solver_order=2), n_steps=2 * len(GRID), **options)
+    seen, act = [], model._act
+
+    def noting(observation, *rest):
+        seen.append({name: value.clone() for name, value in observation.items()})
+        return act(observation, *rest)
+
+    model._act = noting
+    model.learn(2 * ITERATION)
+    kept = 2 if model.window == 1 else 2 * len(GRID)
+    buffer = model.rollout_buffer
+    assert buffer[f"observation/{PAST}"].shape[:2] == (kept, NUM_ENVS)
+    together = {name: torch.stack([row[name] for row in seen]).flatten(0, 1) for name in seen[0]}
+    latents = together["latents"].flatten(1)
+    steps = []
+    for batch in buffer.get(8):
+        observed = batch.observations
+        assert observed.keys() == together.keys()
+        places = (observed["latents"].flatten(1)[:, None] == latents).all(2).int().argmax(1)
+        for name, value in observed.items():
+            assert torch.equal(value, together[name][places]), name
+        steps += batch.step_index.tolist()
+    assert len(set(steps)) == len(GRID)
+
+
 def test_the_means_of_the_explored_steps_are_those_acted_with(make_env, make_model):
     """Of two episodes: `actions - mean` is the noise of the steps that explored."""
     model = make_model(make_env(), n_steps=2 * len(GRID), eta=0.0, min_std=0.1)
@@ -131,3 +161,35 @@ def test_the_size_of_large_latents_is_that_of_what_must_be_kept(teacher):
     denoiser = Denoiser(nn.Identity(), teacher.denoiser.schedule, "sample", shape)
     latents = 4 * math.prod(shape) * 100 * (16 + 1 + 3)
     assert latents < rollout_size(denoiser, 100, 16) < 1.01 * latents
+
+
+@pytest.mark.parametrize("radii", [[1, 0, 0], [2, 1, 0], [1, 1, 1]], ids=str)
+def test_credit_has_the_radius_of_the_step_that_explored(make_env, make_model, radii):
+    """Of a square's mean times its side, so that noise stays of one size."""
+    maps = []
+
+    class Watched(gym.vector.VectorWrapper):
+        def step(self, actions):
+            *rest, infos = super().step(actions)
+            maps.extend([infos["reward_map"]] if "reward_map" in infos else [])
+            return *rest, infos
+
+    model = make_model(Watched(make_env()), local_radius=radii)
+    model.learn(ITERATION)
+    buffer = model.rollout_buffer
+    (found,), (explored,) = maps, buffer["explored_step"]
+    assert len(explored.unique()) > 1
+    for row, step in enumerate(explored.tolist()):
+        side = 2 * radii[step] + 1
+        wanted = side * fit_map(found[row : row + 1], found.shape[1:], radii[step])[0]
+        assert torch.equal(buffer["reward_map"][0, row], wanted)
+        # negative control: another step's radius gives another map
+        other = fit_map(found[row : row + 1], found.shape[1:], radii[step] + 1)[0]
+        assert not torch.allclose(buffer["reward_map"][0, row], other)
+
+
+def test_the_mean_over_independent_places_times_the_side_has_their_spread():
+    """Why the factor: without it the credit of a wide radius would be a third of the others'."""
+    noise = torch.randn(64, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    inner = fit_map(noise, noise.shape[1:], 1)[:, :, 1:-1, 1:-1]
+    assert float(3 * inner.std()) == pytest.approx(1, rel=0.02)  # of 57,600 places

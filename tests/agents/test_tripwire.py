@@ -57,9 +57,10 @@ STUDENT_OPTIONS = [
 ]
 
 
+@pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("options", STUDENT_OPTIONS, ids=["all", "one", "sum", "gae"])
-def test_a_rollout_and_an_update_stay_on_the_device(armed, make_model, options):
-    model = armed(make_model(**options))
+def test_a_rollout_and_an_update_stay_on_the_device(armed, make_env, make_model, options, order):
+    model = armed(make_model(make_env(solver_order=order), **options))
     before = [p.clone() for p in model.policy.denoiser.network.parameters()]
     model.learn(2 * ITERATION, reset_num_timesteps=False)
     assert_holds_tripwires(model.rollout_buffer)

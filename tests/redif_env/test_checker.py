@@ -18,7 +18,12 @@ def build(teacher, bank):
     return make
 
 
-@pytest.mark.parametrize("options", [{}, {"schedule": "uniform"}, {"group_size": 3}], ids=str)
+SECOND = {"schedule": "uniform", "solver_order": 2}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"schedule": "uniform"}, {"group_size": 3}, SECOND], ids=str
+)
 def test_ours_is_accepted_and_usable_afterwards(build, options):
     env = build(**options)
     check_vector_env(env)

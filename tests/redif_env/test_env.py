@@ -20,6 +20,7 @@ OPTIONS = [
     {"schedule": "uniform", "num_steps": 2},
     {"residual": True, "schedule": [850, 500, 200]},
     {"action_type": "sample", "reward": "psnr", "step_cost": 0.1},
+    {"schedule": [850, 500, 200], "solver_order": 2},
 ]
 every_option = pytest.mark.parametrize("options", OPTIONS, ids=str)
 

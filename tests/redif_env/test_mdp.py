@@ -36,7 +36,8 @@ def act(state, process, choice=0.0, seed=0):
 
 
 def snapshot(state):
-    return {field.name: getattr(state, field.name).clone() for field in dataclasses.fields(state)}
+    values = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return {name: value.clone() for name, value in values.items() if value is not None}
 
 
 def ddim(teacher, state, s):
