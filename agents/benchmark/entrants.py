@@ -1,16 +1,16 @@
 """Who takes part: solvers on two grids, rivals that are trained, and ours.
 
-Everything that is trained starts from the same weights, on the same tasks, on plain DDIM's searched
-grid, spends the same number of network-forward equivalents, and is averaged alike. `TRIALS` has the
-settings that were tried; `CHOSEN` and its like those that were best on validation tasks.
+Everything that is trained starts from the same weights, on the same tasks, on the grid that is best
+for its steps before training, spends the same number of network-forward equivalents, and is
+averaged alike. `settings` has what was tried, and what is used.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,11 +21,12 @@ from redif_env.rewards import MMD, Discriminator, Reward
 
 from .. import baselines, presets, reinforcement
 from ..baselines import METHODS, SOLVERS, Ledger, Method, Result
-from .tasks import DIGITS, IMAGES, MIXTURE, QUARTERED, UNCONDITIONAL, Task
+from .tasks import Task
 
 SEARCHED = "+search"
 SURROGATE = "surrogate"  # only where the reward has no gradient
 GRID, UNIFORM = "grid", "uniform"  # a setting: not the searched grid
+SOLVER_ORDER = "solver_order"  # a setting: of a student's steps
 EMA_DECAY = 0.95
 AVERAGED: dict[str, Any] = {"ema_decay": EMA_DECAY}
 NUM_LIKE = 512  # answers that an MMD compares samples with
@@ -82,7 +83,7 @@ def _defaults(method: type[Method]) -> dict[str, Any]:
     """How a method trains where settings say nothing."""
     signatures = inspect.signature(method.train), inspect.signature(method)
     values = {name: p.default for each in signatures for name, p in each.parameters.items()}
-    del values["seed"]
+    del values["seed"], values[SOLVER_ORDER]  # a run's own, and a setting where it is not 1
     plain = {name: value for name, value in values.items() if isinstance(value, (int, float, str))}
     return {**plain, "ema_decay": EMA_DECAY}
 
@@ -187,7 +188,7 @@ def _discriminator(task: Task) -> Reward:
 OURS = "ours"
 AFTER = f"+{OURS}"
 FIRST = ("output_regression", "trajectory_regression", "progressive")
-GAUSSIAN = f"{OURS}-gaussian"
+GAUSSIAN, TIMES = f"{OURS}-gaussian", f"{OURS}-times"
 # Up to four steps diffusers' takes those of second order.
 FEWEST = {"dpmpp3m": 5}
 ENTRANTS: dict[str, Entrant] = {
@@ -204,7 +205,7 @@ ENTRANTS: dict[str, Entrant] = {
     OURS: _ours(),
     **{first + AFTER: _warm(first) for first in FIRST},
     GAUSSIAN: _ours(exploration_noise="gaussian"),
-    f"{OURS}-times": _ours(learned=True),
+    TIMES: _ours(learned=True),
     f"{OURS}-adaptive": Entrant("ours", _adaptive, changes={**AVERAGED, **ADAPTIVE}),
     f"{OURS}-mmd": _ours(_mmd),
     f"{OURS}-discriminator": _ours(_discriminator),
@@ -230,286 +231,6 @@ def taking_part(task: Task) -> tuple[str, ...]:
         )
     raising = (OURS, GAUSSIAN, "grpo", "ddpo", SURROGATE)
     return ("ddim+search", "output_regression", "backprop", *raising)
-
-
-def _rates(*rates: float, **others: Any) -> tuple[Settings, ...]:
-    return tuple({**others, "learning_rate": rate} for rate in rates)
-
-
-def _sizes(*pairs: tuple[float, int], **others: Any) -> tuple[Settings, ...]:
-    """Learning rates with smaller minibatches than the default: more updates for a budget."""
-    return tuple({**others, "learning_rate": rate, "batch_size": size} for rate, size in pairs)
-
-
-class Trials(NamedTuple):
-    """Settings that were tried under the same conditions, as many for each method.
-
-    Attributes:
-        num_steps: Of the students.
-        budget: Of each training.
-        settings: Of each method.
-        task: On which task; None: on those without trials of their own.
-    """
-
-    num_steps: int
-    budget: int
-    settings: dict[str, Sequence[Settings]]
-    task: str | None = None
-
-
-# What follows the teacher's trajectory learns worse on a grid that calls noise by another time.
-_UNIFORM: Settings = {"grid": UNIFORM}
-_WALK: Settings = {"teacher_steps": 12}
-# Of ours: four times as many updates as the default's.
-_SMALL: Settings = {"num_envs": 128, "batch_size": 64}
-_NARROW: Settings = {**_SMALL, "exploration_unit": "prediction"}
-_RATES = _rates(1e-4, 2e-4, 5e-4, 1e-3)
-_SIZES = ((5e-4, 128), (5e-4, 64), (2e-4, 64), (2e-4, 32))
-_OF_POINTS = (*_rates(1e-3, 3e-3), *_sizes((1e-3, 64), (3e-4, 64)))
-TRIALS = (
-    Trials(
-        2,
-        150_000,
-        {
-            "output_regression": (*_RATES, *_sizes(*_SIZES)),
-            "trajectory_regression": (
-                *_rates(5e-4),
-                *_rates(2e-4, 5e-4, 1e-3, **_WALK),
-                *_sizes(*_SIZES, **_WALK),
-            ),
-            "progressive": (
-                *_rates(2e-4, 5e-4, 1e-3, **_UNIFORM),
-                *_rates(5e-4),
-                *_sizes(*_SIZES, **_UNIFORM),
-            ),
-            "consistency": (
-                *_rates(2e-4, 5e-4, 1e-3, **_UNIFORM),
-                *_rates(5e-4),
-                *_sizes((1e-3, 128), (1e-3, 64), (5e-4, 64), (5e-4, 32), **_UNIFORM),
-            ),
-            "distribution_matching": (
-                *_rates(1e-4, batch_size=64, fake_updates=1),
-                *_rates(5e-5, 1e-4, 2e-4, batch_size=64, fake_updates=2),
-                *_sizes((1e-4, 128), (2e-5, 64), fake_updates=2),
-                *_rates(5e-5, batch_size=64, fake_updates=2, gan_weight=1e-3),
-                *_rates(5e-5, batch_size=64, fake_updates=2, gan_weight=1e-2),
-            ),
-            "backprop": (*_RATES, *_sizes((2e-4, 128), (2e-4, 64), (1e-4, 64), (1e-4, 32))),
-            SURROGATE: (
-                *_rates(2e-4),
-                *_rates(1e-4, 2e-4, surrogate_updates=2),
-                *_rates(2e-4, noise_std=0.3),
-                *_sizes((2e-4, 128), (2e-4, 64), (1e-4, 64), (1e-4, 32)),
-            ),
-            OURS: (
-                *_rates(2e-4, 4e-4),
-                *_sizes((1e-4, 128), (2e-4, 128), (1e-4, 64), (2e-4, 64)),
-                *_sizes((2e-4, 128), n_epochs=2),
-                *_sizes((1e-4, 128), num_envs=256),
-            ),
-        },
-    ),
-    # The closest again, since what is best at half of the budget need not be at all of it.
-    Trials(
-        2,
-        300_000,
-        {
-            "trajectory_regression": _sizes(
-                (2e-4, 32), (1e-4, 32), (2e-4, 16), (1e-4, 16), **_WALK
-            ),
-            "backprop": _sizes((2e-4, 64), (1e-4, 32), (1e-4, 16), (5e-5, 16)),
-            OURS: (*_rates(1e-4, 2e-4), *_sizes((1e-4, 128)), *_rates(2e-4, n_epochs=5)),
-        },
-    ),
-    Trials(
-        4,
-        300_000,
-        {
-            "trajectory_regression": (
-                *_sizes((5e-4, 64), (2e-4, 32), (1e-4, 32), (2e-4, 16), (1e-4, 16), **_WALK),
-                *_sizes((2e-4, 32), teacher_steps=24),
-            ),
-            "progressive": _sizes(
-                *((5e-4, 64), (5e-4, 32), (2e-4, 32), (1e-4, 32), (2e-4, 16), (1e-4, 16)),
-                **_UNIFORM,
-            ),
-            "backprop": _sizes(
-                (2e-4, 64), (2e-4, 32), (1e-4, 32), (5e-5, 32), (1e-4, 16), (5e-5, 16)
-            ),
-            OURS: (
-                *_rates(1e-4, 2e-4),
-                *_rates(1e-4, gap_fraction=0.25),
-                *_rates(1e-4, n_epochs=5),
-                *(setting for n in (1, 2) for setting in _sizes((1e-4, 128), n_epochs=n)),
-            ),
-        },
-    ),
-    Trials(
-        2,
-        100_000,
-        {
-            "trajectory_regression": _sizes((2e-4, 16), (4e-4, 16), **_WALK),
-            "backprop": _sizes((1e-4, 16), (2e-4, 16)),
-            OURS: _rates(2e-4, 1e-4, **_SMALL),
-        },
-        IMAGES,
-    ),
-    Trials(
-        2,
-        300_000,
-        {
-            "trajectory_regression": _rates(2e-4, 3e-4, 5e-4, 1e-3, batch_size=16, **_WALK),
-            "backprop": _rates(1e-4, 3e-4, 5e-4, 1e-3, batch_size=16),
-            OURS: (*_rates(2e-4, 5e-4), *_rates(2e-4, 5e-4, **_SMALL)),
-        },
-        QUARTERED,
-    ),
-    Trials(
-        2,
-        1_000_000,
-        {
-            "output_regression": _OF_POINTS,
-            "trajectory_regression": tuple({**_WALK, **each} for each in _OF_POINTS),
-            "progressive": _OF_POINTS,
-            "consistency": _OF_POINTS,
-            "distribution_matching": (
-                *_rates(1e-4, 5e-4, batch_size=64, fake_updates=2),
-                *_rates(5e-4, 1e-3, batch_size=256, fake_updates=2),
-            ),
-            "backprop": _OF_POINTS,
-            OURS: _OF_POINTS,
-        },
-        MIXTURE,
-    ),
-)
-_BY_TRAJECTORY = f"trajectory_regression{AFTER}"
-# Of ours alone, each on a task of its own, where it was behind: docs/decisions.md.
-REMEDIES = (
-    Trials(
-        2,
-        100_000,
-        {
-            OURS: (
-                *_rates(2e-4, **_NARROW),
-                *_rates(2e-4, local_radius=1, **_SMALL),
-                *_rates(1e-4, num_envs=64, batch_size=32),
-            ),
-            _BY_TRAJECTORY: _rates(
-                1e-4, first={**_WALK, "learning_rate": 2e-4, "batch_size": 16}, **_SMALL
-            ),
-        },
-        IMAGES,
-    ),
-    Trials(
-        4,
-        100_000,
-        {
-            OURS: (
-                *_rates(2e-4, 1e-4, **_SMALL),
-                *_rates(2e-4, gap_fraction=0.2, **_SMALL),
-                *_rates(2e-4, **_NARROW),
-                *_rates(1e-4),
-            )
-        },
-        IMAGES,
-    ),
-    Trials(8, 40_000, {OURS: (*_rates(2e-4, **_SMALL), *_rates(2e-4, **_NARROW))}, IMAGES),
-    Trials(
-        2,
-        300_000,
-        {
-            _BY_TRAJECTORY: _rates(
-                2e-4, first={**_WALK, "learning_rate": 1e-3, "batch_size": 16}, **_SMALL
-            )
-        },
-        QUARTERED,
-    ),
-    Trials(4, 300_000, {OURS: (*_rates(1e-4), *_rates(2e-4, **_SMALL))}, UNCONDITIONAL),
-    *(
-        Trials(
-            num_steps,
-            100_000,
-            {OURS: (*_rates(rate), *_rates(rate, exploration_unit="prediction"))},
-            DIGITS,
-        )
-        for num_steps, rate in ((2, 2e-4), (4, 1e-4), (8, 1e-4))
-    ),
-)
-# The best at 2 steps by paired MSE; of distribution matching, which pairs nothing, by Frechet
-# distance.
-CHOSEN: dict[str, Settings] = {
-    "output_regression": {"learning_rate": 2e-4, "batch_size": 32},
-    "trajectory_regression": {**_WALK, "learning_rate": 2e-4, "batch_size": 16},
-    "progressive": {**_UNIFORM, "learning_rate": 2e-4, "batch_size": 32},
-    "consistency": {**_UNIFORM, "learning_rate": 1e-3},
-    "distribution_matching": {"batch_size": 64, "fake_updates": 2, "learning_rate": 5e-5},
-    "backprop": {"learning_rate": 1e-4, "batch_size": 16},
-    SURROGATE: {"learning_rate": 1e-4, "batch_size": 32},
-    OURS: {"learning_rate": 2e-4},
-    f"progressive{AFTER}": _UNIFORM,
-    # Those of benchmarks/schedules.py.
-    f"{OURS}-adaptive": {
-        "trained": "schedule",
-        "group_size": 4,
-        "learning_rate": 1e-3,
-        "schedule_lr_scale": 10.0,
-        "advantage_clip": 3.0,
-        "n_epochs": 5,
-    },
-}
-# At 3 steps and more those of the trials at 4.
-CHOSEN_AT_4: dict[str, Settings] = {
-    "trajectory_regression": {**_WALK, "learning_rate": 2e-4, "batch_size": 32},
-    "backprop": {"learning_rate": 1e-4, "batch_size": 32},
-    OURS: {"learning_rate": 1e-4},
-    f"trajectory_regression{AFTER}": {"learning_rate": 5e-5},
-}
-# By trials of their own: images have a third of the budget, which wants smaller batches; a quarter
-# of the parameters starts far from the teacher, the mixture close to it.
-CHOSEN_ON: dict[str, dict[str, Settings]] = {
-    IMAGES: {
-        "trajectory_regression": {**_WALK, "learning_rate": 2e-4, "batch_size": 16},
-        "backprop": {"learning_rate": 1e-4, "batch_size": 16},
-        OURS: {**_SMALL, "learning_rate": 2e-4},
-        f"trajectory_regression{AFTER}": {"learning_rate": 1e-4},
-    },
-    QUARTERED: {
-        "trajectory_regression": {**_WALK, "learning_rate": 1e-3, "batch_size": 16},
-        "backprop": {"learning_rate": 5e-4, "batch_size": 16},
-        OURS: {**_SMALL, "learning_rate": 5e-4},
-        f"trajectory_regression{AFTER}": {"learning_rate": 2e-4},
-    },
-    MIXTURE: {
-        "output_regression": _OF_POINTS[1],
-        "trajectory_regression": {**_WALK, **_OF_POINTS[2]},
-        "progressive": _OF_POINTS[3],
-        "consistency": _OF_POINTS[3],
-        "distribution_matching": {"learning_rate": 5e-4, "batch_size": 256, "fake_updates": 2},
-        "backprop": _OF_POINTS[3],
-        OURS: _OF_POINTS[2],
-        f"progressive{AFTER}": {},
-    },
-}
-# From 5 steps on.
-CHOSEN_ON_AT_8: dict[str, dict[str, Settings]] = {
-    IMAGES: {OURS: {**_NARROW, "learning_rate": 2e-4}},
-}
-
-
-# Ours with something changed: with the settings of ours.
-VARIANTS = (GAUSSIAN, f"{OURS}-times", f"{OURS}-mmd", f"{OURS}-discriminator")
-
-
-def chosen(method: str, task: str, num_steps: int) -> Settings:
-    """A method's settings on a task; of two in turn those of the first as `first`."""
-    own = {**CHOSEN, **(CHOSEN_AT_4 if num_steps > 2 else {}), **CHOSEN_ON.get(task, {})}
-    own |= CHOSEN_ON_AT_8.get(task, {}) if num_steps > 4 else {}
-    if method in VARIANTS:
-        return own[OURS]
-    if not method.endswith(AFTER):
-        return own.get(method, {})
-    first = {k: v for k, v in own[method.removesuffix(AFTER)].items() if k != GRID}
-    return {**own[OURS], **own.get(method, {}), "first": first}
 
 
 def solve(entrant: Entrant, task: Task, num_steps: int) -> Result:

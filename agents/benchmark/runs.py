@@ -23,7 +23,7 @@ from redif_env import schedules
 from redif_env.errors import check_choice
 from redif_env.files import write_tensors, write_text
 
-from ..baselines import Ledger, Result
+from ..baselines import UNTRAINED, Ledger, Result
 from ..comparison import Drawn, measure
 from ..guards import TrainingDivergedError
 from ..pictures import columns
@@ -33,14 +33,13 @@ from .entrants import (
     ENTRANTS,
     GRID,
     OURS,
-    REMEDIES,
     SEARCHED,
-    TRIALS,
+    SOLVER_ORDER,
     UNIFORM,
     Entrant,
-    chosen,
     solve,
 )
+from .settings import REMEDIES, TRIALS, chosen
 from .tasks import RANKED, Task
 
 SAMPLES = "x_0"
@@ -227,13 +226,15 @@ class Runs:
                     shown = {"failed": str(error)}
                 print(f"{number}/{len(runs)}", run.label, shown, flush=True)
 
-    def grid(self, num_steps: int) -> tuple[Tensor, int]:
-        """The grid of all that is trained: plain DDIM's searched one, and what finding it cost."""
+    def grid(self, num_steps: int, solver_order: int = 1) -> tuple[Tensor, int]:
+        """The searched grid of all that takes such steps, and what finding it cost."""
+        solver = UNTRAINED[solver_order]
         searched = f"{self._teacher[:12]}-{len(self.task.validation)}"
+        searched += f"-{solver}" if solver_order > 1 else ""
         path = self.folder / f"grid-{num_steps}-{searched}.json"
         with FileLock(f"{path}.lock"):
             if not path.exists():
-                grid, spent = self.task.search("ddim", num_steps)
+                grid, spent = self.task.search(solver, num_steps)
                 write_text(path, json.dumps({"grid": grid.tolist(), "spent": spent}))
         found = json.loads(path.read_text())
         return schedules.explicit(found["grid"], self.task.teacher.denoiser.schedule), found[
@@ -267,7 +268,7 @@ class Runs:
             settings = dict(run.settings)
             grid, spent = task.uniform(run.num_steps), 0
             if settings.pop(GRID, None) != UNIFORM:
-                grid, spent = self.grid(run.num_steps)
+                grid, spent = self.grid(run.num_steps, settings.get(SOLVER_ORDER, 1))
             result = train(task, grid, run.budget, run.seed, **settings)
             result.ledger.evaluations["search"] += spent
             if not all(bool(each.isfinite().all()) for each in result.student.network.parameters()):

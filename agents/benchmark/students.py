@@ -35,6 +35,7 @@ def save(path: Path, result: Result, trained: dict[str, Any]) -> None:
     about = {
         "timesteps": result.timesteps.tolist(),
         "nfe": result.nfe,
+        "solver_order": result.student.solver_order,
         "history": result.history,
         "evaluations": result.ledger.evaluations,
         "updates": result.ledger.updates,
@@ -62,6 +63,7 @@ def load(path: Path, like: Denoiser, trained: dict[str, Any]) -> Result | None:
     about = json.loads(kept[RESULT])
     student = copy.deepcopy(like).eval().requires_grad_(False)
     student.network.load_state_dict(load_file(path))
+    student.set_solver_order(about.get("solver_order", 1))
     ledger = Ledger(Counter(about["evaluations"]), Counter(about["updates"]), about["seconds"])
     times = torch.tensor(about["timesteps"])
     return Result(student, times, ledger, about["history"], schedules.sample, about["nfe"])

@@ -25,6 +25,7 @@ from agents.benchmark import (
 from agents.benchmark import entrants as entrants_module
 from agents.benchmark import report as report_module
 from agents.benchmark import runs as runs_module
+from agents.benchmark import settings as settings_module
 from agents.benchmark.report import compare, find_finished, report, tuning_table, weigh_standard
 from agents.benchmark.runs import STANDARD
 from agents.benchmark.tasks import Mixture, unconditional
@@ -58,12 +59,9 @@ def quick(monkeypatch):
         "train",
         lambda *args, **options: train(*args, **{**options, "num_envs": 16, "batch_size": 8}),
     )
-    small = {
-        name: {**entrants_module.CHOSEN.get(name, {}), "batch_size": 8}
-        for name in entrants_module.METHODS
-    }
-    monkeypatch.setattr(entrants_module, "CHOSEN", {**entrants_module.CHOSEN, **small})
-    monkeypatch.setattr(entrants_module, "CHOSEN_ON", {})
+    few = settings_module.CHOICES[None][1]
+    small = {name: {**few.get(name, {}), "batch_size": 8} for name in entrants_module.METHODS}
+    monkeypatch.setattr(settings_module, "CHOICES", {None: {1: {**few, **small}}})
 
 
 def make_runs(task, folder):
@@ -229,25 +227,30 @@ def test_a_run_that_another_process_is_at_is_left_to_it(task, tmp_path):
 
 
 def test_trials_are_as_many_for_every_method():
-    first, *again = (trials for trials in entrants_module.TRIALS if trials.task is None)
+    first, *again = (trials for trials in settings_module.TRIALS if trials.task is None)
     assert {len(trials) for trials in first.settings.values()} == {8}
     assert set(first.settings) == {*entrants_module.METHODS, OURS}
     for trials in again:  # of the closest
         assert all(len(own) >= len(trials.settings[OURS]) for own in trials.settings.values())
-    choices = [("digits", 2, entrants_module.CHOSEN), ("digits", 4, entrants_module.CHOSEN_AT_4)]
-    choices += [(task, 2, choice) for task, choice in entrants_module.CHOSEN_ON.items()]
-    choices += [(task, 8, choice) for task, choice in entrants_module.CHOSEN_ON_AT_8.items()]
-    for task, num_steps, choice in choices:
-        tried = [run for run in plan_trials(choice, task) if run.num_steps == num_steps]
-        names = {run.method for run in tried}
-        assert OURS in names
-        for name in names:
-            settings = entrants_module.chosen(name, task, num_steps)
-            assert settings in [run.settings for run in tried if run.method == name]
-    assert len(plan_trials([OURS, "ddim"])) == 8 + 4 + 6 + 3 * 2
-    assert len(plan_trials([OURS, "backprop"], "images")) == 2 + 2 + 3 + 5 + 2
+    assert len(plan_trials([OURS, "ddim"])) == 8 + 4 + 6 + 4 + 4 + 5 + 2 + 3 * 2
+    assert len(plan_trials([OURS, "backprop"], "images")) == 2 + 2 + 3 + 5 + 2 + 6 + 1
     # Without trials of its own: those of digits, and its remedies.
-    assert len(plan_trials([OURS], "digits-unconditional")) == 8 + 4 + 6 + 2
+    assert len(plan_trials([OURS], "digits-unconditional")) == 8 + 4 + 6 + 4 + 4 + 2
+
+
+TRIED_AT = {1: 2, 3: 4, 5: 8, 6: 8}  # where settings that are used from so many steps on were tried
+
+
+@pytest.mark.parametrize("task", settings_module.CHOICES)
+def test_what_is_used_was_tried(task):
+    for fewest, choice in settings_module.CHOICES[task].items():
+        name, num_steps = task or "digits", TRIED_AT[fewest]
+        tried = [run for run in plan_trials(choice, name) if run.num_steps == num_steps]
+        methods = {run.method for run in tried}
+        assert OURS in methods
+        for method in methods:
+            settings = settings_module.chosen(method, name, num_steps)
+            assert settings in [run.settings for run in tried if run.method == method]
 
 
 def test_settings_are_those_of_the_task_and_of_the_number_of_steps():
@@ -258,15 +261,25 @@ def test_settings_are_those_of_the_task_and_of_the_number_of_steps():
     assert "grid" not in mixture[0].settings
     assert digits[1] == mixture[1]
     two, three, eight = plan([OURS], [2, 3, 8], [0], BUDGET)
-    assert two.settings == entrants_module.CHOSEN[OURS]
-    assert three.settings == eight.settings == entrants_module.CHOSEN_AT_4[OURS]
+    digits = settings_module.CHOICES[None]
+    assert two.settings == digits[1][OURS]
+    assert three.settings == digits[3][OURS]
+    assert eight.settings == digits[6][OURS]
     four, eight = plan([OURS], [4, 8], [0], BUDGET, "images")
     assert "exploration_unit" not in four.settings
-    assert eight.settings == entrants_module.CHOSEN_ON_AT_8["images"][OURS]
+    assert eight.settings == settings_module.CHOICES["images"][5][OURS]
     (warm,) = plan([f"progressive+{OURS}"], [2], [0], BUDGET)
-    assert warm.settings["first"].items() < entrants_module.CHOSEN["progressive"].items()
+    assert warm.settings["first"].items() < digits[1]["progressive"].items()
     assert warm.settings["learning_rate"] == two.settings["learning_rate"]
     assert "first.batch_size-32" in warm.label
+
+
+def test_one_order_of_steps_for_both_of_two_in_turn_and_none_for_learned_times():
+    names = [f"{name}+{OURS}" for name in ("trajectory_regression", "progressive")]
+    both, neither, times = plan([*names, f"{OURS}-times"], [4], [0], BUDGET)
+    assert both.settings["solver_order"] == both.settings["first"]["solver_order"] == 2
+    assert "solver_order" not in {*neither.settings, *neither.settings["first"]}
+    assert times.settings.keys() == {"learning_rate"}
 
 
 def test_a_solver_that_is_another_one_at_few_steps_takes_no_part_there():
@@ -441,7 +454,7 @@ def test_on_a_reward_without_a_gradient_methods_are_ranked_by_it(task, tmp_path)
 
 
 def test_an_adaptive_entrant_counts_the_steps_that_samples_take(task, tmp_path):
-    settings = {**entrants_module.CHOSEN[ADAPTIVE], "num_envs": 16, "batch_size": 16}
+    settings = {**settings_module.CHOICES[None][1][ADAPTIVE], "num_envs": 16, "batch_size": 16}
     runs = make_runs(task, tmp_path)
     runs.execute([Run(ADAPTIVE, 2, 0, BUDGET, settings)])
     (line,) = runs.read()
