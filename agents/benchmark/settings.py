@@ -313,6 +313,7 @@ CHOICES: dict[str | None, dict[int, dict[str, Settings]]] = {
             "progressive": {**_UNIFORM, "learning_rate": 1e-4, "batch_size": 32},
             "backprop": {**_SECOND, "learning_rate": 2e-5, "batch_size": 16},
             OURS: {**_SECOND, "learning_rate": 2e-5},
+            TIMES: {"learning_rate": 1e-4},  # of first order, as ours was then
         },
         6: {
             "trajectory_regression": {
@@ -364,7 +365,7 @@ CHOICES: dict[str | None, dict[int, dict[str, Settings]]] = {
         },
     },
 }
-# Ours with something changed: with the settings of ours.
+# Ours with something changed: with the settings of ours, where they have none of their own.
 VARIANTS = (GAUSSIAN, TIMES, f"{OURS}-mmd", f"{OURS}-discriminator")
 
 
@@ -375,7 +376,8 @@ def chosen(method: str, task: str, num_steps: int) -> Settings:
         for fewest, settings in CHOICES.get(place, {}).items():
             own |= settings if num_steps >= fewest else {}
     if method in VARIANTS:
-        return _of_order(own[OURS], 1) if method == TIMES else own[OURS]
+        settings = own.get(method, own[OURS])
+        return _of_order(settings, 1) if method == TIMES else settings
     if not method.endswith(AFTER):
         return own.get(method, {})
     name = method.removesuffix(AFTER)
