@@ -157,9 +157,10 @@ def distill(
         preset: Recipe, see `presets.PRESETS`; `group_size` to `ema_decay` default to its values.
         guidance_scale: Of the student; default: the teacher's. 1 distils guidance away, and halves
             the cost of a step.
-        solver_order: Of the student's steps: 1 for DDIM's, 2 for DPM-Solver++ 2M's, which are far
-            closer from 3 steps on and the same for 1 and 2: take it from 5 on, and see
-            docs/guide.md. Not with learned times; exported for teachers with `alphas_cumprod`.
+        solver_order: Of the student's steps: 1 for DDIM's, 2 for DPM-Solver++ 2M's, the same for 1
+            and 2 steps. It starts closer from 3 on, and trained students of digits are closer from
+            4 on; local credit may mislead with it, see docs/decisions.md. Not with learned times;
+            exported for teachers with `alphas_cumprod`.
         group_size: Trajectories that share noise and class; their mean is the baseline.
         batch_size: Transitions of a minibatch, of all processes together.
         learning_rate: Initial learning rate; with adapters, ten times the preset's by default. That

@@ -53,7 +53,7 @@ class Denoiser(nn.Module):
         batch_size: Most rows that are sent through the network at once, however many are asked
             for; with guidance twice as many. None: all.
         solver_order: Of the deterministic steps that samples of it take along a fixed grid, see
-            `transition`: 1 is DDIM, 2 is DPM-Solver++ 2M, which is far closer from 3 steps on; its
+            `transition`: 1 is DDIM, 2 is DPM-Solver++ 2M, untrained closer from 3 steps on; its
             first and last step are DDIM's, so that it changes nothing for one or two.
 
     Attributes:
