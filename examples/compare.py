@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from agents.benchmark import Runs, Sizes, make_task, plan, plan_trials, taking_part
+from agents.benchmark import Runs, make_task, plan, plan_trials, taking_part, usual_sizes
 from agents.benchmark.report import report, tuning_table
 from redif_env.errors import check_integer, require
 
@@ -35,12 +35,12 @@ class Args:
     """Seeds of training."""
     budget: int = 300_000
     """Network-forward equivalents that each training may spend."""
-    num_train: int = 6144
-    """Training tasks; figures of another number than the default's have files of their own."""
-    num_validation: int = 512
-    """Tasks that grids are searched on."""
-    num_test: int = 2000
-    """Test tasks."""
+    num_train: int | None = None
+    """Training tasks; default: the task's own. Figures of another number have their own files."""
+    num_validation: int | None = None
+    """Tasks that grids are searched on; default: the task's own."""
+    num_test: int | None = None
+    """Test tasks; default: the task's own."""
     workers: int = 1
     """Processes, of one thread each."""
     tune: bool = False
@@ -62,9 +62,15 @@ def work(args: Args) -> None:
 
 def open_runs(args: Args) -> Runs:
     """The task's runs, or its trials."""
-    sizes = Sizes(args.num_train, args.num_validation, args.num_test)
+    usual = usual_sizes(args.task)
+    asked = {
+        "train": args.num_train,
+        "validation": args.num_validation,
+        "test": args.num_test,
+    }
+    sizes = dataclasses.replace(usual, **{k: v for k, v in asked.items() if v is not None})
     task = make_task(args.task, sizes, args.teacher)
-    if args.num_train != Args.num_train:
+    if sizes.train != usual.train:
         task = dataclasses.replace(task, name=f"{task.name}-{args.num_train}")
     name = f"{task.name}-tuning" if args.tune else task.name
     task = task.judged_on_validation() if args.tune else task

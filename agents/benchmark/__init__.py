@@ -5,7 +5,7 @@
 
 from .entrants import ENTRANTS, OURS, Entrant, taking_part
 from .runs import Run, Runs, plan, plan_trials
-from .tasks import TASKS, Sizes, Task, make_task
+from .tasks import TASKS, Sizes, Task, make_task, usual_sizes
 
 __all__ = [
     "ENTRANTS",
@@ -20,4 +20,5 @@ __all__ = [
     "plan",
     "plan_trials",
     "taking_part",
+    "usual_sizes",
 ]

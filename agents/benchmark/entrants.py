@@ -231,13 +231,3 @@ def taking_part(task: Task) -> tuple[str, ...]:
         )
     raising = (OURS, GAUSSIAN, "grpo", "ddpo", SURROGATE)
     return ("ddim+search", "output_regression", "backprop", *raising)
-
-
-def solve(entrant: Entrant, task: Task, num_steps: int) -> Result:
-    """A solver's run, with the search of its grid on the ledger."""
-    grid, spent = task.uniform(num_steps), 0
-    if entrant.searched:
-        grid, spent = task.search(entrant.solver, num_steps)
-    result = baselines.solve(entrant.solver, task.teacher, grid)
-    result.ledger.evaluations["search"] += spent
-    return result

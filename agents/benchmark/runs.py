@@ -23,7 +23,7 @@ from redif_env import schedules
 from redif_env.errors import check_choice
 from redif_env.files import write_tensors, write_text
 
-from ..baselines import UNTRAINED, Ledger, Result
+from ..baselines import UNTRAINED, Ledger, Result, solve
 from ..comparison import Drawn, measure
 from ..guards import TrainingDivergedError
 from ..pictures import columns
@@ -37,7 +37,6 @@ from .entrants import (
     SOLVER_ORDER,
     UNIFORM,
     Entrant,
-    solve,
 )
 from .settings import REMEDIES, TRIALS, chosen
 from .tasks import RANKED, Task
@@ -226,11 +225,10 @@ class Runs:
                     shown = {"failed": str(error)}
                 print(f"{number}/{len(runs)}", run.label, shown, flush=True)
 
-    def grid(self, num_steps: int, solver_order: int = 1) -> tuple[Tensor, int]:
-        """The searched grid of all that takes such steps, and what finding it cost."""
-        solver = UNTRAINED[solver_order]
+    def grid(self, solver: str, num_steps: int) -> tuple[Tensor, int]:
+        """A solver's searched grid, and the network evaluations of finding it: searched once."""
         searched = f"{self._teacher[:12]}-{len(self.task.validation)}"
-        searched += f"-{solver}" if solver_order > 1 else ""
+        searched += f"-{solver}" if solver != UNTRAINED[1] else ""
         path = self.folder / f"grid-{num_steps}-{searched}.json"
         with FileLock(f"{path}.lock"):
             if not path.exists():
@@ -243,10 +241,7 @@ class Runs:
 
     def _execute(self, run: Run) -> dict[str, Any]:
         task, entrant = self.task, run.entrant
-        if entrant.train is None:
-            result = solve(entrant, task, run.num_steps)
-        else:
-            result = self._trained(run, entrant.train)
+        result = self._solved(run) if entrant.train is None else self._trained(run, entrant.train)
         samples = result.sample(task.test.x_T, task.test.condition).detach().contiguous()
         line = self._line(run, result, samples)
         write_tensors(self._samples(run), {SAMPLES: samples})
@@ -256,6 +251,15 @@ class Runs:
             kept = [other for other in self.read() if not _same(other, line)]
             write_text(self.lines, "".join(json.dumps(each) + "\n" for each in (*kept, line)))
         return line
+
+    def _solved(self, run: Run) -> Result:
+        """A solver on its grid, with the search on its ledger."""
+        grid, spent = self.task.uniform(run.num_steps), 0
+        if run.entrant.searched:
+            grid, spent = self.grid(run.entrant.solver, run.num_steps)
+        result = solve(run.entrant.solver, self.task.teacher, grid)
+        result.ledger.evaluations["search"] += spent
+        return result
 
     def _trained(self, run: Run, train: Callable[..., Result]) -> Result:
         """The student of a run, trained now unless it was before."""
@@ -268,7 +272,8 @@ class Runs:
             settings = dict(run.settings)
             grid, spent = task.uniform(run.num_steps), 0
             if settings.pop(GRID, None) != UNIFORM:
-                grid, spent = self.grid(run.num_steps, settings.get(SOLVER_ORDER, 1))
+                solver = UNTRAINED[settings.get(SOLVER_ORDER, 1)]
+                grid, spent = self.grid(solver, run.num_steps)
             result = train(task, grid, run.budget, run.seed, **settings)
             result.ledger.evaluations["search"] += spent
             if not all(bool(each.isfinite().all()) for each in result.student.network.parameters()):

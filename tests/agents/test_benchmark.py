@@ -17,10 +17,12 @@ from agents.benchmark import (
     Run,
     Runs,
     Sizes,
+    Task,
     make_task,
     plan,
     plan_trials,
     taking_part,
+    usual_sizes,
 )
 from agents.benchmark import entrants as entrants_module
 from agents.benchmark import report as report_module
@@ -311,15 +313,30 @@ def test_a_rivals_defaults_are_part_of_its_recipe(monkeypatch):
     json.dumps({name: entrant.recipe for name, entrant in ENTRANTS.items()})
 
 
+def test_a_solver_is_judged_on_other_test_tasks_without_another_search(task, tmp_path, monkeypatch):
+    run = Run("dpmpp2m+search", 3, 0, 0)
+    make_runs(task, tmp_path).execute([run])
+    fewer = make_runs(dataclasses.replace(task, test=task.test.subset(40)), tmp_path)
+    assert fewer.find(run) is None
+    before = fewer.read()[0]
+    monkeypatch.setattr(Task, "search", None)
+    fewer.execute([run])
+    after = fewer.find(run)
+    assert after["num_test"] == 40
+    assert after["timesteps"] == before["timesteps"]
+    assert after["ledger"] == before["ledger"]
+    assert after["ledger"]["search"] > 0
+
+
 def test_grids_and_figures_of_another_teacher_or_search_are_not_taken(task, tmp_path):
     runs = make_runs(task, tmp_path)
     searched = Run("ddim+search", 2, 0, 0)
     runs.execute([searched])
-    grid, _ = runs.grid(2)
+    grid, _ = runs.grid("ddim", 2)
     few = make_runs(dataclasses.replace(task, validation=task.validation.subset(3)), tmp_path)
     assert few.find(searched) is None
-    assert not torch.equal(few.grid(2)[0], grid)
-    assert torch.equal(runs.grid(2)[0], grid)  # neither takes the other's
+    assert not torch.equal(few.grid("ddim", 2)[0], grid)
+    assert torch.equal(runs.grid("ddim", 2)[0], grid)  # neither takes the other's
     other = copy.deepcopy(task.teacher)
     other.denoiser.network.correction[-1].bias.data += 0.1
     changed = make_runs(dataclasses.replace(task, teacher=other), tmp_path)
@@ -471,6 +488,11 @@ def test_measure_is_zero_for_the_answers_themselves(task):
     worse = measure(task.test.teacher_x_0 + 0.3, task.yardstick, task.features)
     assert worse["sliced_wasserstein"] > 2 * figures["sliced_wasserstein"]
     assert worse["coverage"] < figures["coverage"]
+
+
+def test_digits_are_judged_on_more_tasks_than_others():
+    assert usual_sizes("digits") == Sizes(test=8000)
+    assert usual_sizes("mixture") == Sizes()
 
 
 def test_the_images_task_needs_a_teacher_and_no_other_takes_one():
