@@ -211,6 +211,8 @@ def distill(
     plan = check_arguments(arguments, callback)
     recipe = presets.preset(preset, plan.num_steps)
     reward = make_reward(reward)
+    if method != PPO:
+        METHODS[method].check_reward(reward)
     teacher = _as_teacher(teacher, _join_processes(teacher, device, plan))
     learned = schedule == LEARNED
     description = None if student is None else smaller.describe_smaller(teacher, student)

@@ -161,7 +161,6 @@ def _refuse_ppo_arguments(method: str, arguments: Mapping[str, Any]) -> None:
     refused = [name for name in arguments if name in own and arguments[name] is not None]
     refused += ["preset"] if arguments["preset"] != "default" else []
     refused += ["schedule"] if arguments["schedule"] == LEARNED else []
-    refused += ["reward"] if method not in WITH_REWARD and arguments["reward"] != "mse" else []
     for name in refused:
         raise InvalidArgumentError(
             name, arguments[name], f"leave it out: {method} has no use of it."

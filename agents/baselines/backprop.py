@@ -31,10 +31,15 @@ class Backprop(Method):
     def __init__(self, run: Run, reward: str | Reward = "mse") -> None:
         super().__init__(run)
         self.reward = make_reward(reward)
-        if not self.reward.differentiable:
+        self.check_reward(self.reward)
+
+    @classmethod
+    def check_reward(cls, reward: Reward) -> None:
+        """Refuse one without a gradient."""
+        if not reward.differentiable:
             raise InvalidArgumentError(
                 "reward",
-                self.reward.name,
+                reward.name,
                 "pass one with differentiable = True: no gradient leads through this one.",
             )
 

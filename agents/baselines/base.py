@@ -20,6 +20,7 @@ from redif_env import schedules
 from redif_env.denoiser import SOLVER_ORDERS, Denoiser, check_order
 from redif_env.errors import InvalidArgumentError, check_integer, check_number
 from redif_env.noise import NoiseSchedule, expand
+from redif_env.rewards import Reward
 from redif_env.teacher import Teacher, TeacherBank
 from redif_env.transition import Past
 
@@ -279,6 +280,14 @@ class Method(ABC):
         if check_order(solver_order) not in cls.solver_orders:
             raise InvalidArgumentError(
                 "solver_order", solver_order, f"pass 1: {cls.name} is about DDIM's steps."
+            )
+
+    @classmethod
+    def check_reward(cls, reward: Reward) -> None:
+        """Refuse a reward that this method can not raise; this one has an aim of its own."""
+        if reward.name != "mse":
+            raise InvalidArgumentError(
+                "reward", reward.name, f"leave it out: {cls.name} has no use of it."
             )
 
     @classmethod

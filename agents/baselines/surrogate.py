@@ -50,13 +50,10 @@ class Surrogate(Method):
     ) -> None:
         super().__init__(run)
         reward = make_reward(reward)
+        self.check_reward(reward)
         terms = weighted_terms(reward)
         blind = [(weight, term) for weight, term in terms if not term.differentiable]
         seen = [(weight, term) for weight, term in terms if term.differentiable]
-        if not blind:
-            raise InvalidArgumentError(
-                "reward", reward.name, "nothing in it has to be modelled: use 'backprop'."
-            )
         self.blind = WeightedSum(blind)
         self.seen = WeightedSum(seen) if seen else None
         self.updates = check_integer("surrogate_updates", surrogate_updates, 1)
@@ -69,6 +66,14 @@ class Surrogate(Method):
         self.share = run.share(self.network)
         self.optimizer = torch.optim.Adam(self.network.parameters(), rate)
         self.scale: tuple[Tensor, Tensor] | None = None  # mean and std of the first rewards
+
+    @classmethod
+    def check_reward(cls, reward: Reward) -> None:
+        """Refuse one that has a gradient."""
+        if reward.differentiable:
+            raise InvalidArgumentError(
+                "reward", reward.name, "nothing in it has to be modelled: use 'backprop'."
+            )
 
     def loss(self, rows: Tensor) -> Tensor:
         run, tasks = self.run, self.run.bank.take(rows)

@@ -445,10 +445,12 @@ def test_a_surrogate_is_trained_on_a_reward_that_needs_one():
 
 
 @pytest.mark.parametrize(("method", "reward"), [("surrogate", "mse"), ("backprop", BLIND)])
-def test_a_reward_of_the_wrong_kind_for_a_method_is_refused(method, reward):
+def test_a_reward_of_the_wrong_kind_for_a_method_is_refused_before_any_work(method, reward):
+    teacher = new_teacher()
     with pytest.raises(InvalidArgumentError, match="reward=") as caught:
-        distill(new_teacher(), **{**METHOD, "method": method}, reward=reward)
+        distill(teacher, **{**METHOD, "method": method}, reward=reward)
     assert caught.value.argument == "reward"
+    assert teacher.denoiser.network_evaluations == 0
 
 
 class Affine(torch.nn.Module):
