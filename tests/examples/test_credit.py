@@ -58,6 +58,34 @@ def test_where_places_are_alone_all_steps_credit_is_the_gradient(task, order):
         assert (cosine, share) == (pytest.approx(1, abs=1e-3), pytest.approx(1, abs=1e-3))
 
 
+def test_in_the_weights_the_last_steps_credit_is_the_gradient(task):
+    given = args(num_batches=6)
+    found = credit.measure_in_weights(credit.Walk(task, given), 2, given)
+    exact, length = found[None], found[0][0]
+    assert exact[0] == pytest.approx(1, abs=1e-3)
+    assert length == pytest.approx(
+        1, abs=0.02
+    )  # the difference of noise this small is no slope yet
+    assert found[0][1] == pytest.approx(exact[1], rel=0.05)
+    assert found[1][1] < exact[1] / 2  # negative control: neighbours bring noise
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_the_steps_gradients_are_together_that_of_the_sampler(task, order):
+    walk = credit.Walk(task, args(solver_order=order))
+    weights = [*walk.denoiser.network.parameters()]
+    tasks = walk.tasks
+    x_0 = schedules.sample(walk.denoiser, tasks.x_T, tasks.condition, walk.grid)
+    wanted = torch.autograd.grad(-(x_0 - tasks.teacher_x_0).square().sum(), weights)
+    for step in range(3):
+        state, _, gradient = credit._exact(walk, step)
+        own, _ = walk.step(state, step)
+        parts = torch.autograd.grad((own * gradient).sum(), weights)
+        wanted = [left - part for left, part in zip(wanted, parts, strict=True)]
+    scale = max(float(part.abs().max()) for part in parts)
+    assert max(float(left.abs().max()) for left in wanted) < 1e-3 * scale
+
+
 def test_it_walks_as_the_sampler_does(task):
     walk = credit.Walk(task, args())
     with torch.no_grad():
