@@ -53,6 +53,8 @@ _SMALL: Settings = {"num_envs": 128, "batch_size": 64}
 _SECOND: Settings = {SOLVER_ORDER: 2}
 _PREDICTION: Settings = {"exploration_unit": "prediction"}
 _NARROW: Settings = {**_SMALL, **_PREDICTION}
+# Steps as long, along the gradient, as they are for back-propagation: benchmarks/credit.py.
+_BALANCED: Settings = {"local_radius": [0, 4, 0, 0], "step_weights": [15, 90, 2, 1]}
 _RATES = _rates(1e-4, 2e-4, 5e-4, 1e-3)
 _SIZES = ((5e-4, 128), (5e-4, 64), (2e-4, 64), (2e-4, 32))
 _OF_POINTS = (*_rates(1e-3, 3e-3), *_sizes((1e-3, 64), (3e-4, 64)))
@@ -115,23 +117,15 @@ TRIALS = (
         4,
         300_000,
         {
-            "trajectory_regression": (
-                *_sizes((5e-4, 64), (2e-4, 32), (1e-4, 32), (2e-4, 16), (1e-4, 16), **_WALK),
-                *_sizes((2e-4, 32), teacher_steps=24),
+            "trajectory_regression": _sizes(
+                (5e-4, 64), (2e-4, 32), (1e-4, 32), (2e-4, 16), **_WALK
             ),
             "progressive": _sizes(
                 *((5e-4, 64), (5e-4, 32), (2e-4, 32), (1e-4, 32), (2e-4, 16), (1e-4, 16)),
                 **_UNIFORM,
             ),
-            "backprop": _sizes(
-                (2e-4, 64), (2e-4, 32), (1e-4, 32), (5e-5, 32), (1e-4, 16), (5e-5, 16)
-            ),
-            OURS: (
-                *_rates(1e-4, 2e-4),
-                *_rates(1e-4, gap_fraction=0.25),
-                *_rates(1e-4, n_epochs=5),
-                *(setting for n in (1, 2) for setting in _sizes((1e-4, 128), n_epochs=n)),
-            ),
+            "backprop": _sizes((1e-4, 32), (1e-4, 16)),
+            OURS: _rates(1e-4, 2e-4),
         },
     ),
     Trials(
@@ -143,6 +137,22 @@ TRIALS = (
             ),
             "backprop": _sizes((1e-4, 32), (5e-5, 32), (5e-5, 16), (2e-5, 16), **_SECOND),
             OURS: _rates(2e-5, 5e-5, 1e-4, 2e-4, **_SECOND),
+        },
+    ),
+    # Of three steps, those of both orders.
+    Trials(
+        3,
+        300_000,
+        {
+            "trajectory_regression": (
+                *_sizes((1e-4, 16), (2e-4, 16), **_WALK),
+                *_sizes((1e-4, 16), (2e-4, 16), **_WALK, **_SECOND),
+            ),
+            "backprop": (
+                *_sizes((5e-5, 16), (1e-4, 16)),
+                *_sizes((2e-5, 16), (5e-5, 16), **_SECOND),
+            ),
+            OURS: (*_rates(1e-4, 2e-4), *_rates(5e-5, 1e-4, **_SECOND)),
         },
     ),
     Trials(
@@ -205,6 +215,9 @@ REMEDIES = (
                 *_rates(2e-4, **_NARROW),
                 *_rates(2e-4, local_radius=1, **_SMALL),
                 *_rates(1e-4, num_envs=64, batch_size=32),
+                *_rates(2e-4, step_weights=[8, 1], **_SMALL),
+                *_rates(2e-4, step_weights=[8, 1], **_NARROW),
+                *_rates(1e-4, local_radius=[8, 0], step_weights=[289, 1], **_SMALL),
             ),
             _BY_TRAJECTORY: _rates(
                 1e-4, first={**_WALK, "learning_rate": 2e-4, "batch_size": 16}, **_SMALL
@@ -236,6 +249,15 @@ REMEDIES = (
                 *_rates(1e-4, local_radius=[2, 2, 0, 0], **_SMALL, **_SECOND),
                 *_rates(1e-4, step_weights=[0, 0, 1, 1], **_NARROW, **_SECOND),
                 *_rates(1e-4, step_weights=[0, 1, 1, 1], **_NARROW, **_SECOND),
+                *_rates(1e-4, **_BALANCED, **_SMALL, **_SECOND),
+                *_rates(1e-4, **_BALANCED, **_NARROW, **_SECOND),
+                *_rates(
+                    5e-5,
+                    local_radius=[8, 8, 1, 0],
+                    step_weights=[289, 289, 9, 1],
+                    **_SMALL,
+                    **_SECOND,
+                ),
             ),
             "backprop": _sizes((5e-5, 16), **_SECOND),
         },
@@ -267,6 +289,30 @@ REMEDIES = (
         DIGITS,
     ),
     Trials(8, 300_000, {OURS: (*_rates(2e-5), *_rates(2e-5, **_PREDICTION, **_SECOND))}, DIGITS),
+    Trials(2, 300_000, {OURS: _rates(2e-4, step_weights=[2, 1])}, DIGITS),
+    Trials(
+        4,
+        300_000,
+        {
+            OURS: (
+                *_rates(1e-4, gap_fraction=0.25),
+                *_rates(1e-4, n_epochs=5),
+                *(setting for n in (1, 2) for setting in _sizes((1e-4, 128), n_epochs=n)),
+            )
+        },
+        DIGITS,
+    ),
+    Trials(
+        3,
+        300_000,
+        {
+            OURS: (
+                *_rates(1e-4, local_radius=[1, 0, 0], **_SECOND),
+                *_rates(1e-4, local_radius=[1, 0, 0], step_weights=[9, 1.5, 1], **_SECOND),
+            )
+        },
+        DIGITS,
+    ),
     *(
         Trials(
             num_steps,
@@ -285,10 +331,15 @@ CHOICES: dict[str | None, dict[int, dict[str, Settings]]] = {
     None: {
         1: {
             "output_regression": {"learning_rate": 2e-4, "batch_size": 32},
-            "trajectory_regression": {**_WALK, "learning_rate": 2e-4, "batch_size": 16},
+            "trajectory_regression": {**_WALK, "learning_rate": 2e-4, "batch_size": 32},
             "progressive": {**_UNIFORM, "learning_rate": 2e-4, "batch_size": 32},
-            "consistency": {**_UNIFORM, "learning_rate": 1e-3},
-            "distribution_matching": {"batch_size": 64, "fake_updates": 2, "learning_rate": 5e-5},
+            "consistency": {**_UNIFORM, "learning_rate": 5e-4, "batch_size": 32},
+            "distribution_matching": {
+                "batch_size": 64,
+                "fake_updates": 2,
+                "gan_weight": 1e-2,
+                "learning_rate": 5e-5,
+            },
             "backprop": {"learning_rate": 1e-4, "batch_size": 16},
             SURROGATE: {"learning_rate": 1e-4, "batch_size": 32},
             OURS: {"learning_rate": 2e-4},
@@ -304,16 +355,21 @@ CHOICES: dict[str | None, dict[int, dict[str, Settings]]] = {
             },
         },
         3: {
+            "trajectory_regression": {**_WALK, "learning_rate": 1e-4, "batch_size": 16},
+            "progressive": {**_UNIFORM, "learning_rate": 1e-4, "batch_size": 32},  # tried at 4
+            "backprop": {**_SECOND, "learning_rate": 5e-5, "batch_size": 16},
+            OURS: {"learning_rate": 1e-4},
+            TIMES: {"learning_rate": 1e-4},  # of first order, as ours was then
+        },
+        4: {
             "trajectory_regression": {
                 **_WALK,
                 **_SECOND,
                 "learning_rate": 1e-4,
                 "batch_size": 16,
             },
-            "progressive": {**_UNIFORM, "learning_rate": 1e-4, "batch_size": 32},
             "backprop": {**_SECOND, "learning_rate": 2e-5, "batch_size": 16},
             OURS: {**_SECOND, "learning_rate": 2e-5},
-            TIMES: {"learning_rate": 1e-4},  # of first order, as ours was then
         },
         6: {
             "trajectory_regression": {
@@ -328,7 +384,8 @@ CHOICES: dict[str | None, dict[int, dict[str, Settings]]] = {
     },
     # Of first order, as they were run.
     UNCONDITIONAL: {
-        3: {
+        1: {"trajectory_regression": {**_WALK, "learning_rate": 2e-4, "batch_size": 16}},
+        4: {
             "trajectory_regression": {**_WALK, "learning_rate": 2e-4, "batch_size": 32},
             "progressive": {**_UNIFORM, "learning_rate": 2e-4, "batch_size": 32},
             "backprop": {"learning_rate": 1e-4, "batch_size": 32},
