@@ -346,6 +346,15 @@ def test_grids_and_figures_of_another_teacher_or_search_are_not_taken(task, tmp_
     assert len(changed.read()) == 2  # the first teacher's figures are still there
 
 
+def test_no_solver_takes_the_grid_of_another(task, tmp_path):
+    runs = make_runs(task, tmp_path)
+    for _ in range(2):  # searched, then read
+        grids = {solver: runs.grid(solver, 3)[0] for solver in ("ddim", "dpmpp2m")}
+        assert not torch.equal(grids["ddim"], grids["dpmpp2m"])
+        for solver, grid in grids.items():
+            assert torch.equal(grid, task.search(solver, 3)[0])
+
+
 def test_a_training_that_diverges_stops_no_other(task, tmp_path, capsys):
     runs = make_runs(task, tmp_path)
     settings = {"learning_rate": 1e30, "max_grad_norm": 1e30}
