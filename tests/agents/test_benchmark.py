@@ -22,7 +22,6 @@ from agents.benchmark import (
     plan,
     plan_trials,
     taking_part,
-    usual_sizes,
 )
 from agents.benchmark import entrants as entrants_module
 from agents.benchmark import report as report_module
@@ -498,11 +497,6 @@ def test_measure_is_zero_for_the_answers_themselves(task):
     worse = measure(task.test.teacher_x_0 + 0.3, task.yardstick, task.features)
     assert worse["sliced_wasserstein"] > 2 * figures["sliced_wasserstein"]
     assert worse["coverage"] < figures["coverage"]
-
-
-def test_digits_are_judged_on_more_tasks_than_others():
-    assert usual_sizes("digits") == Sizes(test=8000)
-    assert usual_sizes("mixture") == Sizes()
 
 
 def test_the_images_task_needs_a_teacher_and_no_other_takes_one():

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from agents.benchmark import Sizes
 from agents.benchmark import runs as benchmark_runs
 from examples import compare
 from redif_env.errors import InvalidArgumentError
@@ -40,6 +41,16 @@ def test_a_comparison_runs_and_reports_and_is_not_redone(args, capsys):
     compare.main(args)
     again = capsys.readouterr().out
     assert (args.results / "mixture-64.md").read_text() in again
+
+
+def test_numbers_that_are_not_given_are_the_tasks_own(args, monkeypatch):
+    monkeypatch.setattr(compare, "usual_sizes", {"mixture": Sizes(64, 32, 40)}.get)
+    args.num_train = args.num_test = None
+    args.num_validation = 16
+    runs = compare.open_runs(args)
+    sizes = [len(bank) for bank in (runs.task.train, runs.task.validation, runs.task.test)]
+    assert sizes == [64, 16, 40]
+    assert runs.lines.name == "mixture.jsonl"
 
 
 def test_trials_are_kept_apart_from_results(args, capsys, monkeypatch):
