@@ -209,8 +209,8 @@ def distill(
     arguments = {name: value for name, value in locals().items() if name != "callback"}
     started = {"seconds": time.monotonic()}
     plan = check_arguments(arguments, callback)
-    recipe = presets.preset(preset, plan.num_steps)
     reward = make_reward(reward)
+    recipe = presets.preset(preset, plan.num_steps, reward)
     if method != PPO:
         METHODS[method].check_reward(reward)
     teacher = _as_teacher(teacher, _join_processes(teacher, device, plan))

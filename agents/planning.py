@@ -181,8 +181,6 @@ def make_options(
     agent = {**recipe["agent"], **given(AGENT_OPTIONS), "seed": arguments["seed"]}
     if arguments["lora_rank"] is not None and arguments["learning_rate"] is None:
         agent["learning_rate"] *= LEARNING_RATE_SCALE
-    if not reward.has_map:
-        agent["credit"] = "global"
     agent["policy_kwargs"] = {**recipe["policy"], **given(POLICY_OPTIONS)}
     if description is not None:
         agent["policy_kwargs"]["student"] = description

@@ -14,6 +14,8 @@ import copy
 from typing import Any
 
 from redif_env.errors import check_choice
+from redif_env.rewards import Reward
+from redif_env.rewards.base import weighted_terms
 
 Recipe = dict[str, Any]
 
@@ -75,11 +77,16 @@ def _changed(recipe: Recipe, agent: dict[str, Any], env: dict[str, Any] | None =
 
 _PENALTY = {"divergence": "kl", "divergence_coef": 0.04, "advantage_clip": 5.0}
 
-# What a recipe's agent changes for students of so many steps and more: the closer their start is to
-# the teacher, the smaller the rate that still improves on it (docs/decisions.md).
-FROM_STEPS: dict[str, dict[int, dict[str, Any]]] = {
-    "default": {3: {"learning_rate": 1e-4}, 6: {"learning_rate": 2e-5}}
+# Where a draw says all there is (one step, whose gradient is then exact) or little (one number for
+# all elements), a fresh draw is worth more than a further look at the last one (docs/decisions.md).
+_FRESH = {"n_epochs": 1, "batch_size": 64}
+# What a recipe's agent changes for students of so many steps, up to the next number: the closer the
+# start is to the teacher, the smaller the rate that still improves on it.
+BY_STEPS: dict[str, dict[int, dict[str, Any]]] = {
+    "default": {1: _FRESH, 2: {}, 3: {"learning_rate": 1e-4}, 6: {"learning_rate": 2e-5}}
 }
+# ... and for rewards with a term that has no map.
+WITHOUT_MAP: dict[str, dict[str, Any]] = {"default": _FRESH}
 PRESETS: dict[str, Recipe] = {
     "default": _DEFAULT,
     "ddpo": _DDPO,
@@ -95,18 +102,22 @@ PRESETS: dict[str, Recipe] = {
 }
 
 
-def preset(name: str, num_steps: int = 1) -> Recipe:
+def preset(name: str, num_steps: int | None = None, reward: Reward | None = None) -> Recipe:
     """A copy of a recipe.
 
     Args:
         name: One of `PRESETS`.
-        num_steps: Of the student.
+        num_steps: Of the student; None: as it is in `PRESETS`.
+        reward: What is trained on, if known. Without a map credit is global.
 
     Raises:
         InvalidArgumentError: for an unknown name.
     """
     recipe = copy.deepcopy(PRESETS[check_choice("preset", name, tuple(PRESETS))])
-    for fewest, changes in FROM_STEPS.get(name, {}).items():
-        if num_steps >= fewest:
-            recipe["agent"] |= changes
+    changes = BY_STEPS.get(name)
+    if changes is not None and num_steps is not None:
+        recipe["agent"] |= changes[max(fewest for fewest in changes if fewest <= num_steps)]
+    if reward is not None and not all(term.has_map for _, term in weighted_terms(reward)):
+        recipe["agent"] |= WITHOUT_MAP.get(name, {})
+        recipe["agent"] |= {} if reward.has_map else {"credit": "global"}
     return recipe

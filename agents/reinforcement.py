@@ -212,7 +212,7 @@ def recipe_options(
     preset: str, changes: Mapping[str, Any], reward: Reward, num_steps: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arguments of the environment and of the agent, for a recipe with changes, see `train`."""
-    recipe = presets.preset(preset, num_steps)
+    recipe = presets.preset(preset, num_steps, reward)
     env, policy, agent = recipe["env"], recipe["policy"], recipe["agent"]
     changes = {"decay": recipe["decay"], **changes}
     decays = changes.pop("decay")
@@ -221,8 +221,6 @@ def recipe_options(
         check_choice("changes", name, known)
         place = env if name in ENV_OPTIONS else policy if name in POLICY_OPTIONS else agent
         place[name] = value
-    if not reward.has_map:
-        agent["credit"] = "global"
     rate = check_number("learning_rate", agent["learning_rate"])
     agent["learning_rate"] = LinearSchedule(rate, 0.0 if decays else rate, 1.0)
     return env, {**agent, "policy_kwargs": policy}

@@ -106,6 +106,8 @@ def _reinforce(
     reward: Reward,
     recipe: dict[str, Any],
 ) -> Result:
+    # What a recipe changes by itself is left to settings, which say what was tried.
+    plain = presets.PRESETS[recipe.get("preset", "default")]["agent"]
     return reinforcement.train(
         task.teacher,
         task.train,
@@ -114,7 +116,7 @@ def _reinforce(
         seed=seed,
         start=start,
         reward=reward,
-        **{**AVERAGED, **recipe},
+        **{**plain, **AVERAGED, **recipe},
     )
 
 

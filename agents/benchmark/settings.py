@@ -17,7 +17,7 @@ from .entrants import (
     UNIFORM,
     Settings,
 )
-from .tasks import DIGITS, IMAGES, MIXTURE, QUARTERED, UNCONDITIONAL
+from .tasks import BLIND, DIGITS, IMAGES, MIXTURE, QUARTERED, UNCONDITIONAL
 
 
 def _rates(*rates: float, **others: Any) -> tuple[Settings, ...]:
@@ -55,6 +55,7 @@ _PREDICTION: Settings = {"exploration_unit": "prediction"}
 _NARROW: Settings = {**_SMALL, **_PREDICTION}
 # Steps as long, along the gradient, as they are for back-propagation: benchmarks/credit.py.
 _BALANCED: Settings = {"local_radius": [0, 4, 0, 0], "step_weights": [15, 90, 2, 1]}
+_ONCE: Settings = {"n_epochs": 1, "num_envs": 32, "batch_size": 32}
 _RATES = _rates(1e-4, 2e-4, 5e-4, 1e-3)
 _SIZES = ((5e-4, 128), (5e-4, 64), (2e-4, 64), (2e-4, 32))
 _OF_POINTS = (*_rates(1e-3, 3e-3), *_sizes((1e-3, 64), (3e-4, 64)))
@@ -87,17 +88,28 @@ TRIALS = (
                 *_rates(5e-5, batch_size=64, fake_updates=2, gan_weight=1e-2),
             ),
             "backprop": (*_RATES, *_sizes((2e-4, 128), (2e-4, 64), (1e-4, 64), (1e-4, 32))),
-            SURROGATE: (
-                *_rates(2e-4),
-                *_rates(1e-4, 2e-4, surrogate_updates=2),
-                *_rates(2e-4, noise_std=0.3),
-                *_sizes((2e-4, 128), (2e-4, 64), (1e-4, 64), (1e-4, 32)),
-            ),
             OURS: (
                 *_rates(2e-4, 4e-4),
                 *_sizes((1e-4, 128), (2e-4, 128), (1e-4, 64), (2e-4, 64)),
                 *_sizes((2e-4, 128), n_epochs=2),
                 *_sizes((1e-4, 128), num_envs=256),
+            ),
+        },
+    ),
+    # Of one step, where the others are output regression or not made for it.
+    Trials(
+        1,
+        300_000,
+        {
+            "output_regression": _sizes(
+                (2e-4, 32), (5e-4, 32), (1e-4, 16), (2e-4, 16), (5e-4, 16), (2e-4, 8)
+            ),
+            OURS: (
+                *_rates(2e-4),
+                *_sizes((2e-4, 32), (2e-4, 64), n_epochs=1),
+                *_rates(1e-4, **_ONCE),
+                *_sizes((2e-4, 64), n_epochs=1, num_envs=64),
+                *_sizes((2e-4, 64), n_epochs=2, num_envs=128),
             ),
         },
     ),
@@ -177,6 +189,26 @@ TRIALS = (
         IMAGES,
     ),
     Trials(
+        4,
+        100_000,
+        {
+            "trajectory_regression": _sizes((1e-4, 16), **_WALK, **_SECOND),
+            "backprop": _sizes((5e-5, 16), **_SECOND),
+            OURS: _rates(1e-4, local_radius=[2, 2, 0, 0], **_ONCE, **_SECOND),
+        },
+        IMAGES,
+    ),
+    Trials(
+        8,
+        100_000,
+        {
+            "trajectory_regression": _sizes((5e-5, 16), (2e-5, 16), **_WALK, **_SECOND),
+            "backprop": _sizes((2e-5, 16), (1e-5, 16), **_SECOND),
+            OURS: (*_rates(2e-5, **_SMALL, **_SECOND), *_rates(2e-5, **_ONCE, **_SECOND)),
+        },
+        IMAGES,
+    ),
+    Trials(
         2,
         300_000,
         {
@@ -185,6 +217,27 @@ TRIALS = (
             OURS: (*_rates(2e-4, 5e-4), *_rates(2e-4, 5e-4, **_SMALL)),
         },
         QUARTERED,
+    ),
+    Trials(
+        2,
+        150_000,
+        {
+            SURROGATE: (
+                *_rates(2e-4),
+                *_sizes((2e-4, 128), (2e-4, 64), (1e-4, 64), (1e-4, 32)),
+            ),
+            OURS: (*_rates(2e-4), *_sizes((2e-4, 128))),
+        },
+        BLIND,
+    ),
+    Trials(
+        2,
+        300_000,
+        {
+            SURROGATE: _sizes((1e-4, 32), (1e-4, 16)),
+            OURS: (*_rates(2e-4), *_sizes((2e-4, 64), (2e-4, 32), n_epochs=1)),
+        },
+        BLIND,
     ),
     Trials(
         2,
@@ -218,6 +271,7 @@ REMEDIES = (
                 *_rates(2e-4, step_weights=[8, 1], **_SMALL),
                 *_rates(2e-4, step_weights=[8, 1], **_NARROW),
                 *_rates(1e-4, local_radius=[8, 0], step_weights=[289, 1], **_SMALL),
+                *_rates(2e-4, 1e-4, **_ONCE),
             ),
             _BY_TRAJECTORY: _rates(
                 1e-4, first={**_WALK, "learning_rate": 2e-4, "batch_size": 16}, **_SMALL
@@ -234,6 +288,8 @@ REMEDIES = (
                 *_rates(2e-4, gap_fraction=0.2, **_SMALL),
                 *_rates(2e-4, **_NARROW),
                 *_rates(1e-4),
+                *_rates(1e-4, **_ONCE),
+                *_sizes((1e-4, 64), n_epochs=1, num_envs=64),
             )
         },
         IMAGES,
@@ -258,12 +314,12 @@ REMEDIES = (
                     **_SMALL,
                     **_SECOND,
                 ),
-            ),
-            "backprop": _sizes((5e-5, 16), **_SECOND),
+                *_rates(2e-4, local_radius=[2, 2, 0, 0], **_ONCE, **_SECOND),
+                *_rates(1e-4, local_radius=[2, 2, 1, 0], **_ONCE, **_SECOND),
+            )
         },
         IMAGES,
     ),
-    Trials(8, 100_000, {OURS: _rates(2e-5, **_SMALL, **_SECOND)}, IMAGES),
     Trials(
         2,
         300_000,
@@ -284,12 +340,23 @@ REMEDIES = (
                 *_rates(2e-5, 5e-5, **_SMALL, **_SECOND),
                 *_rates(2e-5, local_radius=[1, 1, 0, 0], **_SECOND),
                 *_rates(2e-5, local_radius=1, **_PREDICTION, **_SECOND),
+                *_sizes((2e-5, 64), n_epochs=1, num_envs=64, **_SECOND),
             )
         },
         DIGITS,
     ),
     Trials(8, 300_000, {OURS: (*_rates(2e-5), *_rates(2e-5, **_PREDICTION, **_SECOND))}, DIGITS),
-    Trials(2, 300_000, {OURS: _rates(2e-4, step_weights=[2, 1])}, DIGITS),
+    Trials(
+        2,
+        300_000,
+        {
+            OURS: (
+                *_rates(2e-4, step_weights=[2, 1]),
+                *_sizes((1e-4, 64), (2e-4, 64), n_epochs=1, num_envs=64),
+            )
+        },
+        DIGITS,
+    ),
     Trials(
         4,
         300_000,
@@ -330,7 +397,7 @@ REMEDIES = (
 CHOICES: dict[str | None, dict[int, dict[str, Settings]]] = {
     None: {
         1: {
-            "output_regression": {"learning_rate": 2e-4, "batch_size": 32},
+            "output_regression": {"learning_rate": 2e-4, "batch_size": 16},
             "trajectory_regression": {**_WALK, "learning_rate": 2e-4, "batch_size": 32},
             "progressive": {**_UNIFORM, "learning_rate": 2e-4, "batch_size": 32},
             "consistency": {**_UNIFORM, "learning_rate": 5e-4, "batch_size": 32},
@@ -341,8 +408,7 @@ CHOICES: dict[str | None, dict[int, dict[str, Settings]]] = {
                 "learning_rate": 5e-5,
             },
             "backprop": {"learning_rate": 1e-4, "batch_size": 16},
-            SURROGATE: {"learning_rate": 1e-4, "batch_size": 32},
-            OURS: {"learning_rate": 2e-4},
+            OURS: {"learning_rate": 2e-4, "n_epochs": 1, "batch_size": 32},
             f"progressive{AFTER}": _UNIFORM,
             # Those of benchmarks/schedules.py.
             f"{OURS}-adaptive": {
@@ -353,6 +419,10 @@ CHOICES: dict[str | None, dict[int, dict[str, Settings]]] = {
                 "advantage_clip": 3.0,
                 "n_epochs": 5,
             },
+        },
+        2: {
+            "output_regression": {"learning_rate": 2e-4, "batch_size": 32},
+            OURS: {"learning_rate": 2e-4},
         },
         3: {
             "trajectory_regression": {**_WALK, "learning_rate": 1e-4, "batch_size": 16},
@@ -396,10 +466,28 @@ CHOICES: dict[str | None, dict[int, dict[str, Settings]]] = {
         1: {
             "trajectory_regression": {**_WALK, "learning_rate": 2e-4, "batch_size": 16},
             "backprop": {"learning_rate": 1e-4, "batch_size": 16},
-            OURS: {**_SMALL, "learning_rate": 2e-4},
-            f"trajectory_regression{AFTER}": {"learning_rate": 1e-4},
+            OURS: {**_ONCE, "learning_rate": 2e-4},
         },
-        5: {OURS: {**_NARROW, "learning_rate": 2e-4}},
+        4: {
+            "trajectory_regression": {
+                **_WALK,
+                **_SECOND,
+                "learning_rate": 1e-4,
+                "batch_size": 16,
+            },
+            "backprop": {**_SECOND, "learning_rate": 5e-5, "batch_size": 16},
+            OURS: {**_ONCE, **_SECOND, "learning_rate": 1e-4, "local_radius": [2, 2, 0, 0]},
+        },
+        5: {
+            "trajectory_regression": {
+                **_WALK,
+                **_SECOND,
+                "learning_rate": 5e-5,
+                "batch_size": 16,
+            },
+            "backprop": {**_SECOND, "learning_rate": 2e-5, "batch_size": 16},
+            OURS: {**_ONCE, **_SECOND, "learning_rate": 2e-5},
+        },
     },
     QUARTERED: {
         1: {
@@ -407,6 +495,12 @@ CHOICES: dict[str | None, dict[int, dict[str, Settings]]] = {
             "backprop": {"learning_rate": 5e-4, "batch_size": 16},
             OURS: {**_SMALL, "learning_rate": 5e-4},
             f"trajectory_regression{AFTER}": {"learning_rate": 2e-4},
+        },
+    },
+    BLIND: {
+        1: {
+            SURROGATE: {"learning_rate": 1e-4, "batch_size": 32},
+            OURS: {"learning_rate": 2e-4, "n_epochs": 1, "batch_size": 64},
         },
     },
     MIXTURE: {

@@ -230,29 +230,32 @@ def test_a_run_that_another_process_is_at_is_left_to_it(task, tmp_path):
 def test_trials_are_as_many_for_every_method():
     first, *again = (trials for trials in settings_module.TRIALS if trials.task is None)
     assert {len(trials) for trials in first.settings.values()} == {8}
-    assert set(first.settings) == {*entrants_module.METHODS, OURS}
+    assert set(first.settings) == {*entrants_module.METHODS, OURS} - {entrants_module.SURROGATE}
     for trials in again:  # of the closest
         assert all(len(own) >= len(trials.settings[OURS]) for own in trials.settings.values())
-    assert len(plan_trials([OURS, "ddim"])) == 8 + 4 + 2 + 4 + 4 + 4 + 5 + 2 + 1 + 4 + 2 + 3 * 2
-    assert len(plan_trials([OURS, "backprop"], "images")) == 2 + 2 + 6 + 5 + 2 + 9 + 1
+    assert len(plan_trials([OURS, "ddim"])) == 8 + 6 + 4 + 2 + 4 + 4 + 4 + 6 + 2 + 3 + 4 + 2 + 3 * 2
+    assert len(plan_trials([OURS, "backprop"], "images")) == 2 + 2 + 2 + 4 + 8 + 7 + 2 + 10
     # Without trials of its own: those of digits, and its remedies.
-    assert len(plan_trials([OURS], "digits-unconditional")) == 8 + 4 + 2 + 4 + 4 + 4 + 2
+    assert len(plan_trials([OURS], "digits-unconditional")) == 8 + 6 + 4 + 2 + 4 + 4 + 4 + 2
 
 
-# Where settings that are used from so many steps on were tried.
-TRIED_AT = {1: 2, 3: 3, 4: 4, 5: 8, 6: 8}
+# Where settings that are used from so many steps on were tried; for 1 step else at 2.
+TRIED_AT = {1: 1, 2: 2, 3: 3, 4: 4, 5: 8, 6: 8}
 
 
 @pytest.mark.parametrize("task", settings_module.CHOICES)
 def test_what_is_used_was_tried(task):
     for fewest, choice in settings_module.CHOICES[task].items():
         name, num_steps = task or "digits", TRIED_AT[fewest]
-        tried = [run for run in plan_trials(choice, name) if run.num_steps == num_steps]
-        methods = {run.method for run in tried}
-        assert methods
-        for method in methods:
-            settings = settings_module.chosen(method, name, num_steps)
-            assert settings in [run.settings for run in tried if run.method == method]
+        trials = plan_trials(choice, name)
+        tried = [run for run in trials if run.num_steps == num_steps]
+        if num_steps == 1:
+            own = {run.method for run in tried}
+            tried += [run for run in trials if run.num_steps == 2 and run.method not in own]
+        assert tried
+        for run in tried:
+            settings = settings_module.chosen(run.method, name, run.num_steps)
+            assert settings in [each.settings for each in tried if each.method == run.method]
 
 
 def test_settings_are_those_of_the_task_and_of_the_number_of_steps():
@@ -264,11 +267,12 @@ def test_settings_are_those_of_the_task_and_of_the_number_of_steps():
     assert digits[1] == mixture[1]
     two, three, eight = plan([OURS], [2, 3, 8], [0], BUDGET)
     digits = settings_module.CHOICES[None]
-    assert two.settings == digits[1][OURS]
+    assert two.settings == digits[2][OURS]
     assert three.settings == digits[3][OURS]
     assert eight.settings == digits[6][OURS]
     four, eight = plan([OURS], [4, 8], [0], BUDGET, "images")
-    assert "exploration_unit" not in four.settings
+    assert four.settings["local_radius"] == [2, 2, 0, 0]
+    assert "local_radius" not in eight.settings
     assert eight.settings == settings_module.CHOICES["images"][5][OURS]
     (warm,) = plan([f"progressive+{OURS}"], [2], [0], BUDGET)
     assert warm.settings["first"].items() < digits[1]["progressive"].items()

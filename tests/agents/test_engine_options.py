@@ -12,6 +12,7 @@ from agents.advantages import batch_relative
 from agents.ppo import TrainingDivergedError
 from redif_env import ReDiFVectorEnv
 from redif_env.errors import InvalidArgumentError
+from redif_env.rewards import MSE, PSNR
 
 NUM_ENVS, NUM_STEPS = 16, 2
 
@@ -218,7 +219,26 @@ def test_the_default_recipe_goes_slower_the_more_steps_there_are():
     recipes = [presets.preset("default", steps) for steps in (1, 2, 3, 5, 6, 20)]
     rates = [recipe["agent"]["learning_rate"] for recipe in recipes]
     assert rates == [2e-4, 2e-4, 1e-4, 1e-4, 2e-5, 2e-5]
-    assert presets.preset("ddpo", 8) == presets.preset("ddpo")
+    updates = [(recipe["agent"]["n_epochs"], recipe["agent"]["batch_size"]) for recipe in recipes]
+    assert updates == [(1, 64), *[(3, 256)] * 5]
+    assert presets.preset("default") == presets.preset("default", 2)
+
+
+@pytest.mark.parametrize(
+    ("reward", "credit", "updates"),
+    [
+        (MSE(), "local", (3, 256)),
+        (PSNR(), "global", (1, 64)),
+        (MSE() + 0.1 * PSNR(), "local", (1, 64)),
+    ],
+)
+def test_the_recipe_is_that_of_the_reward(reward, credit, updates):
+    """A number for the whole sample is noise to each element, which three looks do not lower."""
+    agent = presets.preset("default", 4, reward)["agent"]
+    assert (agent["credit"], (agent["n_epochs"], agent["batch_size"])) == (credit, updates)
+    assert agent["learning_rate"] == presets.preset("default", 4)["agent"]["learning_rate"]
+    grpo = presets.preset("grpo", 4, reward)
+    assert grpo == presets.preset("grpo", 4)  # which has global credit already
 
 
 def test_recipes_are_copies():
