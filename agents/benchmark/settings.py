@@ -499,7 +499,7 @@ CHOICES: dict[str | None, dict[int, dict[str, Settings]]] = {
     },
     BLIND: {
         1: {
-            SURROGATE: {"learning_rate": 1e-4, "batch_size": 32},
+            SURROGATE: {"learning_rate": 1e-4, "batch_size": 16},
             OURS: {"learning_rate": 2e-4, "n_epochs": 1, "batch_size": 64},
         },
     },

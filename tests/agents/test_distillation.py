@@ -244,7 +244,7 @@ def test_guidance_doubles_the_cost():
     ledger = report["ledger"]
     assert ledger["teacher"] == 2 * 64 * 5  # a given grid needs no validation tasks
     assert ledger["rollout"] == 2 * 3 * 16
-    assert ledger["update"] == 3 * 3 * 2 * 2 * 16
+    assert ledger["update"] == 3 * 2 * 2 * 16  # one epoch, as it is one step
 
 
 def test_training_improves_the_held_out_error():
