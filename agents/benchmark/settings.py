@@ -192,7 +192,10 @@ TRIALS = (
         4,
         100_000,
         {
-            "trajectory_regression": _sizes((1e-4, 16), **_WALK, **_SECOND),
+            "trajectory_regression": (
+                *_sizes((2e-4, 16), **_WALK),
+                *_sizes((1e-4, 16), **_WALK, **_SECOND),
+            ),
             "backprop": _sizes((5e-5, 16), **_SECOND),
             OURS: _rates(1e-4, local_radius=[2, 2, 0, 0], **_ONCE, **_SECOND),
         },
@@ -469,12 +472,6 @@ CHOICES: dict[str | None, dict[int, dict[str, Settings]]] = {
             OURS: {**_ONCE, "learning_rate": 2e-4},
         },
         4: {
-            "trajectory_regression": {
-                **_WALK,
-                **_SECOND,
-                "learning_rate": 1e-4,
-                "batch_size": 16,
-            },
             "backprop": {**_SECOND, "learning_rate": 5e-5, "batch_size": 16},
             OURS: {**_ONCE, **_SECOND, "learning_rate": 1e-4, "local_radius": [2, 2, 0, 0]},
         },
