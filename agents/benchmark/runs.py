@@ -73,7 +73,7 @@ class Run:
     @property
     def label(self) -> str:
         """A file's name."""
-        changed = "".join(f"-{name}-{value}" for name, value in _flat(self.settings))
+        changed = "".join(f"-{name}-{_plain(value)}" for name, value in _flat(self.settings))
         return f"{self.method}-{self.num_steps}-{self.seed}-{self.budget}{changed}"
 
 
@@ -320,6 +320,11 @@ class Runs:
 
     def _samples(self, run: Run) -> Path:
         return self.folder / f"{run.label}.safetensors"
+
+
+def _plain(value: Any) -> str:
+    """A setting as part of a file's name, which has no brackets and blanks."""
+    return "_".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _flat(settings: Mapping[str, Any], above: str = "") -> list[tuple[str, Any]]:

@@ -278,6 +278,7 @@ def test_settings_are_those_of_the_task_and_of_the_number_of_steps():
     assert warm.settings["first"].items() < digits[1]["progressive"].items()
     assert warm.settings["learning_rate"] == two.settings["learning_rate"]
     assert "first.batch_size-32" in warm.label
+    assert "local_radius-2_2_0_0-" in four.label
 
 
 def test_one_order_of_steps_for_both_of_two_in_turn_and_none_for_learned_times():
