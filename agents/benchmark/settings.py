@@ -327,12 +327,14 @@ REMEDIES = (
         2,
         300_000,
         {
+            OURS: _sizes((5e-4, 64), n_epochs=1, num_envs=64),
             _BY_TRAJECTORY: _rates(
                 2e-4, first={**_WALK, "learning_rate": 1e-3, "batch_size": 16}, **_SMALL
-            )
+            ),
         },
         QUARTERED,
     ),
+    Trials(2, 300_000, {OURS: _sizes((2e-4, 64), n_epochs=1, num_envs=64)}, UNCONDITIONAL),
     Trials(4, 300_000, {OURS: (*_rates(1e-4), *_rates(2e-4, **_SMALL))}, UNCONDITIONAL),
     Trials(
         4,
@@ -482,7 +484,7 @@ CHOICES: dict[str | None, dict[int, dict[str, Settings]]] = {
                 "learning_rate": 5e-5,
                 "batch_size": 16,
             },
-            "backprop": {**_SECOND, "learning_rate": 2e-5, "batch_size": 16},
+            "backprop": {**_SECOND, "learning_rate": 1e-5, "batch_size": 16},
             OURS: {**_ONCE, **_SECOND, "learning_rate": 2e-5},
         },
     },

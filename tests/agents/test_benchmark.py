@@ -236,7 +236,7 @@ def test_trials_are_as_many_for_every_method():
     assert len(plan_trials([OURS, "ddim"])) == 8 + 6 + 4 + 2 + 4 + 4 + 4 + 6 + 2 + 3 + 4 + 2 + 3 * 2
     assert len(plan_trials([OURS, "backprop"], "images")) == 2 + 2 + 2 + 4 + 8 + 7 + 2 + 10
     # Without trials of its own: those of digits, and its remedies.
-    assert len(plan_trials([OURS], "digits-unconditional")) == 8 + 6 + 4 + 2 + 4 + 4 + 4 + 2
+    assert len(plan_trials([OURS], "digits-unconditional")) == 8 + 6 + 4 + 2 + 4 + 4 + 4 + 1 + 2
 
 
 # Where settings that are used from so many steps on were tried; for 1 step else at 2.
