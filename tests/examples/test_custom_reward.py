@@ -31,9 +31,9 @@ def test_it_is_short():
 
 
 def test_a_student_learns_it():
-    """256 trajectories take 29 % off both errors (seeds 0 to 2); half of that is asked for."""
+    """640 trajectories take 33 % off both errors (seeds 0 to 2); half of that is asked for."""
     options = {"teacher_steps": 5, "schedule": (850.0,), "num_envs": 64, "bank_size": 64}
-    terms = custom_reward.main(custom_reward.Args(iterations=4, **options))
+    terms = custom_reward.main(custom_reward.Args(iterations=10, **options))
     assert set(terms) == {"mse", "edges"}
     for before, after in terms.values():
-        assert before < 0.85 * before < after < 0
+        assert before < 0.83 * before < after < 0
