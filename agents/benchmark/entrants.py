@@ -106,8 +106,10 @@ def _reinforce(
     reward: Reward,
     recipe: dict[str, Any],
 ) -> Result:
-    # What a recipe changes by itself is left to settings, which say what was tried.
-    plain = presets.PRESETS[recipe.get("preset", "default")]["agent"]
+    # What a recipe changes by itself is left to settings, which say what was tried; but for credit,
+    # which is as the reward has it.
+    plain = {**presets.PRESETS[recipe.get("preset", "default")]["agent"]}
+    del plain["credit"]
     return reinforcement.train(
         task.teacher,
         task.train,

@@ -33,7 +33,7 @@ from agents.benchmark.tasks import Mixture, unconditional
 from agents.comparison import Method, evaluate, measure
 from redif_env import load_teacher, schedules
 from redif_env.errors import InvalidArgumentError
-from redif_env.rewards import MSE, Reward
+from redif_env.rewards import MSE, PSNR, Reward
 
 SMALL = Sizes(train=64, validation=32, test=48)
 BUDGET = 1500
@@ -453,6 +453,22 @@ def test_few_steps_are_weighed_against_many_of_a_solver(task, tmp_path, monkeypa
     assert "How many steps do for 1 step of `dpmpp2m+search`" in text
     assert "## 1 step\n" not in text  # it is nobody's rival at its own number of steps
     assert json.loads((tmp_path / "mixture.json").read_text())["standard"].keys() == found.keys()
+
+
+def test_ours_trains_by_the_recipe_of_its_line_and_takes_rewards_without_a_map(task, monkeypatch):
+    """One step and no map, for which the default recipe by itself takes other epochs."""
+    given, train = {}, entrants_module.reinforcement.train
+
+    def noted(*args, **options):
+        given.update(options)
+        return train(*args, **options)
+
+    monkeypatch.setattr(entrants_module.reinforcement, "train", noted)
+    blind, entrant = dataclasses.replace(task, reward=PSNR()), ENTRANTS[OURS]
+    settings = {"num_envs": 16, "batch_size": 8}
+    result = entrant.train(blind, torch.tensor([999.0, 0.0]), 200, 0, **settings)
+    assert result.ledger.updates["student"] > 0
+    assert given["n_epochs"] == entrant.recipe["agent"]["n_epochs"]
 
 
 @pytest.mark.usefixtures("quick")
