@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from redif_env.errors import InvalidArgumentError, check_choice, check_integer, check_number
+from redif_env.errors import (
+    InvalidArgumentError,
+    check_choice,
+    check_flag,
+    check_integer,
+    check_number,
+)
 
 from .divergences import DIVERGENCES
 from .losses import RATIOS
@@ -64,12 +70,6 @@ def _or_one_of(choices: tuple[str, ...], own: Check) -> Check:
     return checked
 
 
-def _flag(name: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise InvalidArgumentError(name, value, "pass True or False.")
-    return value
-
-
 def _numbers(name: str, value: Any) -> list[float]:
     if isinstance(value, str | bytes) or not hasattr(value, "__iter__"):
         raise InvalidArgumentError(name, value, "pass a list of numbers.")
@@ -92,13 +92,13 @@ CHECKS: dict[str, Check] = {
     "stochastic_steps": _or_one_of(STOCHASTIC_STEPS, _integer(1)),
     "step_weights": _optional(_numbers),
     "micro_batch_size": _optional(_integer(1)),
-    "antithetic": _flag,
+    "antithetic": check_flag,
     "gap_fraction": _or_one_of(("auto",), _optional(_number())),
     "ema_decay": _number(0, 1),
     "trained": _optional(_one_of(*PARTS)),
     "schedule_clip_range": _number(),
     "schedule_ent_coef": _number(),
-    "adaptive_lr": _flag,
+    "adaptive_lr": check_flag,
     "divergence": _optional(_one_of(*DIVERGENCES)),
     "divergence_coef": _number(),
     "n_steps": _optional(_integer(1)),

@@ -79,11 +79,13 @@ def spent(model: ReDiFPPO, trajectories: int) -> Counter[str]:
 
     Args:
         model: The agent.
-        trajectories: How many were scored, by all processes.
+        trajectories: How many there were, of all processes. Where they end at times of their own,
+            all rows are scored at every step.
     """
     policy: Any = model.policy
     env: Any = model.env
-    reward = env.get_attr("process", [0])[0].reward
+    process = env.get_attr("process", [0])[0]
+    reward, scored = process.reward, trajectories if process.lock_step else model.num_timesteps
     trained = model.rows_trained * policy.denoiser.nfe
     factor = 4 if policy.settings["gradient_checkpointing"] else FORWARD_AND_BACKWARD
     reference = policy.reference_denoiser
@@ -93,7 +95,7 @@ def spent(model: ReDiFPPO, trajectories: int) -> Counter[str]:
         rollout=processes * (policy.denoiser.network_evaluations - trained),
         update=processes * factor * trained,
         reference=0 if reference is None else processes * reference.network_evaluations,
-        reward=trajectories * reward.nfe + processes * learning,
+        reward=scored * reward.nfe + processes * learning,
     )
 
 

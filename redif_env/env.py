@@ -18,8 +18,9 @@ class ReDiFEnv(gym.Env[Observation, np.ndarray]):
     """`ReDiF-v0` for one trajectory at a time, with numpy observations.
 
     Spaces, rewards, episodes and arguments are those of `ReDiFVectorEnv`, which see; `num_envs`
-    and `group_size` are 1. `info` of the last step holds `episode` (`r`, `l`, `nfe`),
-    `reward_terms` and, when the reward has one, `reward_map`.
+    and `group_size` are 1. `info` of the last step holds `nfe`, the network evaluations of the
+    episode, `reward_terms` and, when the reward has one, `reward_map`; returns and lengths are left
+    to `RecordEpisodeStatistics` and `Monitor`, which call theirs `episode`.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 4}  # noqa: RUF012
@@ -58,7 +59,10 @@ class ReDiFEnv(gym.Env[Observation, np.ndarray]):
             gymnasium.error.ResetNeeded: after the end of an episode.
         """
         self._check_running()
-        action = np.asarray(action)
+        try:
+            action = np.asarray(action)
+        except ValueError as error:  # lists of unequal lengths
+            raise InvalidActionError("action", action, "pass an array.") from error
         if action.shape != self.action_space.shape:
             raise InvalidActionError(
                 "action.shape", action.shape, f"pass {self.action_space.shape}."
@@ -69,7 +73,9 @@ class ReDiFEnv(gym.Env[Observation, np.ndarray]):
             self._shown = self._env.state
             return _numpy(observation), float(reward[0]), False, False, {}
         self._shown = self._env.last_state
-        info: dict[str, Any] = {name: _numpy(infos[name]) for name in ("episode", "reward_terms")}
+        episode = _numpy(infos["episode"])
+        info: dict[str, Any] = {name: episode[name] for name in episode if name not in ("r", "l")}
+        info["reward_terms"] = _numpy(infos["reward_terms"])
         info["task"] = int(infos["task"][0])
         if "reward_map" in infos:
             info["reward_map"] = infos["reward_map"][0].cpu().numpy().copy()

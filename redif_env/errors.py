@@ -135,6 +135,13 @@ def check_number(
     return number
 
 
+def check_flag(argument: str, value: object) -> bool:
+    """Return `value`; raise `InvalidArgumentError` unless it is True or False."""
+    if not isinstance(value, bool):  # an array has no truth
+        raise InvalidArgumentError(argument, value, "pass True or False.")
+    return value
+
+
 def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> str:
     """Return `value`; raise `InvalidArgumentError` unless it is one of `choices`."""
     # An array compares element by element, and has no truth.
@@ -148,7 +155,7 @@ def check_device(device: object) -> torch.device:
     try:
         checked = torch.device(device)  # type: ignore[call-overload]
         torch.empty(0, device=checked)
-    except (RuntimeError, AssertionError, TypeError) as error:
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         raise InvalidArgumentError(
             "device", device, f"pass a device that torch has here, such as 'cpu' ({error})."
         ) from error

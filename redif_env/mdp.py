@@ -34,6 +34,8 @@ class EnvState:
         condition: Classes, int64 `(N,)`, or None.
         past_x0: What the step before predicted, like `x_t`, zeros in the first; None with steps of
             first order, which do not ask.
+        invalid_choices: How often a choice among candidates was not allowed, int64 `(N,)`; None
+            without candidates.
     """
 
     x_t: Tensor
@@ -43,6 +45,7 @@ class EnvState:
     teacher_x_0: Tensor
     condition: Tensor | None
     past_x0: Tensor | None = None
+    invalid_choices: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,11 @@ class Process:
         return 1 if self.timesteps is None else 0
 
     @property
+    def lock_step(self) -> bool:
+        """Whether all trajectories that start together end together, after `max_steps`."""
+        return self.timesteps is not None or self.min_steps == self.max_steps
+
+    @property
     def first_time(self) -> Tensor | float:
         """The time that trajectories start at."""
         grid = self.candidates if self.timesteps is None else self.timesteps
@@ -99,14 +107,16 @@ class Process:
 def initial(process: Process, bank: TeacherBank, rows: Tensor) -> EnvState:
     """The states that the bank's tasks `rows`, int64 `(N,)`, start in."""
     x_T = bank.x_T[rows]
+    none_yet = torch.zeros(len(rows), dtype=torch.int64, device=x_T.device)
     return EnvState(
         x_t=x_T,
         t=torch.zeros(len(rows), device=x_T.device) + process.first_time,
-        step_index=torch.zeros(len(rows), dtype=torch.int64, device=x_T.device),
+        step_index=none_yet,
         x_T=x_T,
         teacher_x_0=bank.teacher_x_0[rows],
         condition=None if bank.condition is None else bank.condition[rows],
         past_x0=torch.zeros_like(x_T) if process.solver_order == 2 else None,
+        invalid_choices=None if process.candidates is None else none_yet,
     )
 
 
@@ -152,14 +162,23 @@ def follow(process: Process, state: EnvState, choice: Tensor) -> EnvState:
     Args:
         process: A process with `candidates` and a `student`.
         state: N trajectories, none of them ended.
-        choice: int64 `(N,)`, which of the M candidates; must be allowed, see `choice_range`.
+        choice: int64 `(N,)`, which of the M candidates; one that is not allowed, see
+            `choice_range`, is counted and takes the nearest that is.
     """
     assert process.student is not None
     assert process.candidates is not None
-    s = process.candidates[choice + 1]
+    assert state.invalid_choices is not None
+    allowed = choice.clamp(*choice_range(process, state))
+    s = process.candidates[allowed + 1]
     x0_pred = process.student(state.x_t, state.t, state.condition)
     x_s = kernel.step(process.schedule, state.x_t, x0_pred, state.t, s).mean
-    return replace(state, x_t=x_s, t=s, step_index=state.step_index + 1)
+    return replace(
+        state,
+        x_t=x_s,
+        t=s,
+        step_index=state.step_index + 1,
+        invalid_choices=state.invalid_choices + (allowed != choice),
+    )
 
 
 def choice_range(process: Process, state: EnvState) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from .errors import InvalidActionError, InvalidArgumentError, check_choice, chec
 from .noise import NoiseSchedule
 from .rewards import Reward
 from .teacher import Teacher, TeacherBank
-from .vector_env import DEFAULT_BANK_SIZE, DEFAULT_NUM_STEPS, ReDiFVectorEnv
+from .vector_env import DEFAULT_BANK_SIZE, DEFAULT_NUM_STEPS, ReDiFVectorEnv, as_teacher
 
 DEFAULT_NUM_CANDIDATES = 16
 
@@ -97,9 +97,15 @@ class ReDiFScheduleVectorEnv(ReDiFVectorEnv):
         device: str | torch.device | None = None,
         render_mode: str | None = None,
     ) -> None:
+        teacher = as_teacher(teacher, device)
+        frozen = _frozen(student, teacher)
+        grid = _grid(schedule, frozen.schedule, num_candidates)
+        least, most = _step_range(min_steps, max_steps, len(grid) - 1)
         super().__init__(
             num_envs,
             teacher,
+            num_steps=most,
+            min_steps=least,
             reward=reward,
             step_cost=step_cost,
             group_size=group_size,
@@ -111,14 +117,9 @@ class ReDiFScheduleVectorEnv(ReDiFVectorEnv):
             device=device,
             render_mode=render_mode,
         )
-        frozen = _frozen(student, self.teacher)
-        grid = _grid(schedule, frozen.schedule, num_candidates)
-        least, most = _step_range(min_steps, max_steps, len(grid) - 1)
         self.process = dataclasses.replace(
             self.process,
             schedule=frozen.schedule,
-            max_steps=most,
-            min_steps=least,
             candidates=grid.to(self.device),
             student=frozen,
             nfe_per_step=frozen.nfe,
@@ -126,7 +127,6 @@ class ReDiFScheduleVectorEnv(ReDiFVectorEnv):
         self.single_action_space = spaces.Discrete(len(grid) - 1)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self._outside_remedy = f"pass integers from 0 to {len(grid) - 2}."
-        self._invalid = torch.zeros(self.num_envs, dtype=torch.int64, device=self.device)
 
     @property
     def candidates(self) -> Tensor:
@@ -154,16 +154,14 @@ class ReDiFScheduleVectorEnv(ReDiFVectorEnv):
         return action
 
     def _advance(self, state: mdp.EnvState, action: Tensor) -> mdp.EnvState:
-        choice = action.clamp(*mdp.choice_range(self.process, state))
-        before = torch.where(state.step_index == 0, 0, self._invalid)
-        self._invalid = before + (choice != action)
-        return mdp.follow(self.process, state, choice)
+        return mdp.follow(self.process, state, action)
 
     def _final_infos(
         self, state: mdp.EnvState, rewards: Tensor, reward_map: Tensor | None, ended: Tensor
     ) -> dict[str, Any]:
         infos = super()._final_infos(state, rewards, reward_map, ended)
-        infos["episode"]["invalid_actions"] = torch.where(ended, self._invalid, 0)
+        assert state.invalid_choices is not None
+        infos["episode"]["invalid_actions"] = torch.where(ended, state.invalid_choices, 0)
         return infos
 
 
@@ -171,8 +169,8 @@ class ReDiFScheduleEnv(ReDiFEnv):
     """`ReDiFSchedule-v0` for one trajectory at a time, with numpy observations.
 
     Spaces, rewards, episodes and arguments are those of `ReDiFScheduleVectorEnv`, which see;
-    `num_envs` and `group_size` are 1. `info` of the last step holds `episode` (`r`, `l`, `nfe`,
-    `invalid_actions`), `reward_terms` and, when the reward has one, `reward_map`.
+    `num_envs` and `group_size` are 1. `info` of the last step holds `nfe`, `invalid_actions`,
+    `reward_terms` and, when the reward has one, `reward_map`.
     """
 
     _kind = ReDiFScheduleVectorEnv

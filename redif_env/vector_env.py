@@ -24,6 +24,7 @@ from .errors import (
     InvalidRewardError,
     check_choice,
     check_device,
+    check_flag,
     check_integer,
     check_number,
 )
@@ -176,12 +177,13 @@ class ReDiFVectorEnv(VectorEnv):
             "split": split,
             "seed": check_integer("bank_seed", bank_seed, 0),
         }
+        residual = check_flag("residual", residual)
         step_cost = check_number("step_cost", step_cost)
         residual_scale = check_number("residual_scale", residual_scale)
         if action_bound is not None:
             action_bound = check_number("action_bound", action_bound, minimum=1e-6)
         reward = make_reward(reward)
-        self.teacher = _as_teacher(teacher, device)
+        self.teacher = as_teacher(teacher, device)
         self.device = self.teacher.device
         denoiser = self.teacher.denoiser
         default = RESIDUAL_BOUND if residual else LATENT_BOUND * denoiser.schedule.initial_std
@@ -200,13 +202,6 @@ class ReDiFVectorEnv(VectorEnv):
                 "pass 1 with a free schedule: steps of any length may follow each other, and to "
                 "extrapolate far beyond the step before has no bound.",
             )
-        if reward.over_batch and timesteps is None:
-            raise InvalidArgumentError(
-                "reward",
-                reward.name,
-                "it scores a row against the others of the batch, so all must end together: use a "
-                "fixed schedule, or give the reward a memory.",
-            )
         self.process = mdp.Process(
             schedule=denoiser.schedule,
             max_steps=max_steps,
@@ -220,6 +215,13 @@ class ReDiFVectorEnv(VectorEnv):
             solver_order=self.solver_order,
             **_check_free(start, min_steps, timesteps, max_steps, denoiser.schedule),
         )
+        if reward.over_batch and not self.process.lock_step:
+            raise InvalidArgumentError(
+                "reward",
+                reward.name,
+                "it scores a row against the others of the batch, so all must end together: use a "
+                "fixed schedule, or min_steps as large as the most steps.",
+            )
         self._bank = None if bank is None else _check_bank(bank, denoiser).to(self.device)
         self._make_spaces()
         drawn = int(self.np_random.integers(2**62)) if seed is None else seed
@@ -282,21 +284,21 @@ class ReDiFVectorEnv(VectorEnv):
             check_choice("options", name, RESET_OPTIONS)
         if seed is not None:
             seed = check_integer("seed", seed, 0)
+        tasks = self._chosen_tasks(options) if "tasks" in options else None
+        start = self._chosen_start(options) if "start" in options else None
+        if seed is not None:  # all is checked by now: what is refused leaves no trace
             super().reset(seed=seed)
             self._seed = seed
-            self._episodes = torch.zeros(self.num_envs, dtype=torch.int64, device=self.device)
-        elif self._state is None:
+        if seed is not None or self._state is None:
             self._episodes = torch.zeros(self.num_envs, dtype=torch.int64, device=self.device)
         else:  # rows that ended more often than their neighbours must not leave their group
             self._episodes = self._episodes.amax().expand(self.num_envs)
-        tasks = self._chosen_tasks(options) if "tasks" in options else self._draw()
-        start = self._chosen_start(options) if "start" in options else None
-        self._tasks = tasks
-        state = mdp.initial(self.process, self.bank, tasks)
+        self._tasks = self._draw() if tasks is None else tasks
+        state = mdp.initial(self.process, self.bank, self._tasks)
         self._state = state if start is None else dataclasses.replace(state, t=start)
         self._step_count = 0
         self._clear_flags()
-        return mdp.observation(self.process, self._state), {"task": tasks.clone()}
+        return mdp.observation(self.process, self._state), {"task": self._tasks.clone()}
 
     def step(
         self, actions: Tensor | np.ndarray
@@ -312,27 +314,29 @@ class ReDiFVectorEnv(VectorEnv):
                 would make the host wait at every step, by the end of an episode.
             InvalidRewardError: for a reward of the wrong shape, or (with the same delay) one that
                 is not finite.
+
+        Whatever is raised, by the reward too, the environment stays where it was, and the step can
+        be tried again.
         """
-        before = self.state
-        state = self._advance(before, self._check_action(actions))
-        self._step_count += 1
-        may_end = self._may_end()
+        state = self._advance(self.state, self._check_action(actions))
+        step_count = self._step_count + 1
+        of_all = step_count % self.max_steps == 0
         infos: dict[str, Any] = {}
-        if may_end:
+        if of_all or not self.process.lock_step:  # the host knows where an episode can have ended
             with torch.no_grad():  # a reward's own weights may ask for gradients
                 rewards, reward_map, terms = mdp.score(self.process, state)
-            terminations = mdp.terminal(self.process, state)
             self._bad_reward |= ~rewards.isfinite().all()
+            if of_all or self.device.type == "cpu":
+                self._raise_flags()
+            terminations = mdp.terminal(self.process, state)
             infos = self._final_infos(state, rewards, reward_map, terminations)
             infos["reward_terms"] = terms
             self.last_state = state
-            self._state = self._restart(state, terminations)
+            state = self._restart(state, terminations)
         else:
             rewards = torch.zeros(self.num_envs, device=self.device)
             terminations = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
-            self._state = state
-        if self.device.type == "cpu" or self._step_count % self.max_steps == 0:
-            self._raise_flags()
+        self._state, self._step_count = state, step_count
         truncations = torch.zeros_like(terminations)
         observations = mdp.observation(self.process, self._state)
         return observations, rewards, terminations, truncations, infos
@@ -358,7 +362,11 @@ class ReDiFVectorEnv(VectorEnv):
         """Go on from what `state_dict` returned, in an environment made with the same arguments.
 
         In place of `reset`; the bank must hold the same tasks.
+
+        Raises:
+            InvalidArgumentError: for the state of an environment of another kind or size.
         """
+        self._check_state_dict(state)
         tensors: dict[str, Any] = {
             name: None if value is None else value.to(self.device)
             for name, value in state["state"].items()
@@ -368,6 +376,16 @@ class ReDiFVectorEnv(VectorEnv):
         self._episodes = state["episodes"].to(self.device)
         self._seed, self._step_count = state["seed"], state["step_count"]
         self._clear_flags()
+
+    def _check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Compare names and shapes with those of a fresh state; values are not looked at."""
+        rows = torch.zeros(self.num_envs, dtype=torch.int64, device=self.device)
+        fresh = dataclasses.asdict(mdp.initial(self.process, self.bank, rows))
+        wanted = {"state": fresh, "tasks": rows, "episodes": rows, "seed": 0, "step_count": 0}
+        if (found := _shapes(state)) != (wanted := _shapes(wanted)):
+            raise InvalidArgumentError(
+                "state", found, f"pass what state_dict of such an environment returned: {wanted}."
+            )
 
     def render(self) -> tuple[np.ndarray, ...] | None:
         """A picture a row: latent, predicted data, teacher's answer; uint8 `(height, width, 3)`."""
@@ -415,13 +433,6 @@ class ReDiFVectorEnv(VectorEnv):
             f"clip the step output to +-{self.action_bound:g} and the choice to +-1, or pass a "
             "larger action_bound."
         )
-
-    def _may_end(self) -> bool:
-        """Whether an episode can have ended in this step, without asking the device.
-
-        With a fixed schedule all rows are in lock-step, so the host knows.
-        """
-        return self.process.timesteps is None or self._step_count % self.max_steps == 0
 
     def _draw(self) -> Tensor:
         """Rows of the bank for each slot's next episode, int64 `(N,)`; counts the episode."""
@@ -485,8 +496,10 @@ class ReDiFVectorEnv(VectorEnv):
 
     def _as_tensor(self, actions: Tensor | np.ndarray) -> Tensor:
         try:
-            action = torch.as_tensor(actions)
-        except (TypeError, ValueError, RuntimeError) as error:
+            # A copy of arrays: torch takes none that are read-only or run backwards.
+            array = not isinstance(actions, Tensor)
+            action = torch.as_tensor(np.array(actions) if array else actions)
+        except (TypeError, ValueError) as error:
             raise InvalidActionError("actions", actions, "pass a tensor or array.") from error
         if action.shape != self.action_space.shape:
             raise InvalidActionError(
@@ -547,7 +560,7 @@ class ReDiFVectorEnv(VectorEnv):
         fresh = mdp.initial(self.process, self.bank, tasks)
         self._tasks = torch.where(ended, tasks, self._tasks)
         self._episodes = torch.where(ended, self._episodes, before)
-        if self.process.timesteps is not None:
+        if self.process.lock_step:
             return fresh
 
         changed = {
@@ -556,6 +569,13 @@ class ReDiFVectorEnv(VectorEnv):
             if (new := getattr(fresh, field.name)) is not None
         }
         return dataclasses.replace(state, **changed)
+
+
+def _shapes(state: Any) -> Any:
+    """Shapes of the tensors of a nested mapping; types of what else is in it."""
+    if isinstance(state, Mapping):
+        return {name: _shapes(value) for name, value in state.items()}
+    return tuple(state.shape) if isinstance(state, Tensor) else type(state).__name__
 
 
 def task_hash(number: Tensor, seed: int) -> Tensor:
@@ -575,7 +595,12 @@ def _signed(value: int) -> int:
     return (value + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-def _as_teacher(teacher: str | Path | Teacher, device: str | torch.device | None) -> Teacher:
+def as_teacher(teacher: str | Path | Teacher, device: str | torch.device | None) -> Teacher:
+    """A teacher from its name or folder, on a device; one that is given must be there already.
+
+    Raises:
+        InvalidArgumentError: for anything else, and for a teacher on another device.
+    """
     if isinstance(teacher, str | Path):
         return load_teacher(teacher, device=device or "cpu")
     if not isinstance(teacher, Teacher):
@@ -641,7 +666,8 @@ def _check_free(
             raise InvalidArgumentError(name, value, "leave it out, or pass schedule='free'.")
     if start is not None:
         start = check_number("start", start)
-        if start <= 0 or float(noise.snap(torch.tensor(start))) != start:
+        time = torch.tensor(start)
+        if start <= 0 or noise.snap(time) != time:  # both as rounded to float32
             raise InvalidArgumentError(
                 "start", start, f"pass a time of the model, at most {noise.max_timestep:g}."
             )

@@ -83,13 +83,15 @@ class RelativeReward(VectorWrapper):
 
     Args:
         env: A `ReDiFVectorEnv` with `residual=True`, or a `ReDiFScheduleVectorEnv`. Its bank is
-            built, and gone through once with the student.
+            built, and gone through once with the student. Episodes that `reset` was told to start
+            elsewhere (`options={"start": ...}`) are compared with the usual start too.
 
     Attributes:
         baseline: What is subtracted, for each task of the bank: see `baseline_returns`.
 
     Raises:
-        InvalidArgumentError: for an environment of another kind.
+        InvalidArgumentError: for an environment of another kind, and for a reward that scores rows
+            against each other, which says nothing of a task alone.
     """
 
     def __init__(self, env: VectorEnv) -> None:
@@ -119,12 +121,20 @@ def baseline_returns(env: VectorEnv, batch_size: int = 512) -> Tensor:
         batch_size: Tasks that are sampled at once.
 
     Raises:
-        InvalidArgumentError: for an environment of another kind.
+        InvalidArgumentError: for an environment of another kind, or a reward over the batch.
     """
     inner = env.unwrapped if isinstance(env, VectorEnv) else None
     if not isinstance(inner, ReDiFVectorEnv) or inner.process.student is None:
         raise InvalidArgumentError(
             "env", env, "pass a ReDiFVectorEnv with residual=True, or a ReDiFScheduleVectorEnv."
+        )
+    reward = inner.process.reward
+    if reward.over_batch:
+        raise InvalidArgumentError(
+            "env",
+            f"reward {reward.name!r}",
+            "it scores a row against the others of the batch, so that no task has a return of its "
+            "own: pass another reward, or give this one a reference and a memory.",
         )
     returns = []
     for rows in torch.arange(len(inner.bank), device=inner.device).split(batch_size):

@@ -20,9 +20,15 @@ from stable_baselines3.common import env_checker
 from tripwire import Tripwire, arm, count_reads
 
 import redif_env
-from redif_env import ReDiFScheduleEnv, ReDiFScheduleVectorEnv, TeacherBank, check_vector_env
+from redif_env import (
+    ReDiFScheduleEnv,
+    ReDiFScheduleVectorEnv,
+    ReDiFVectorEnv,
+    TeacherBank,
+    check_vector_env,
+)
 from redif_env import schedules as grids
-from redif_env.errors import InvalidActionError
+from redif_env.errors import InvalidActionError, InvalidArgumentError
 
 GRID = [850, 700, 533, 400, 289, 200, 120]  # the start, and with the final 0 seven candidates
 ZERO = 6  # the last candidate's index
@@ -195,8 +201,12 @@ def test_masks_along_random_walks(walk):
             assert any(wanted)
         choice = torch.multinomial(masks.float(), 1, generator=generator)[:, 0]
         *_, ended, _, infos = env.step(choice)
-        assert torch.equal(env.last_state.t, env.candidates[choice])
-        assert (env.last_state.t < before.t).all()
+        reached = env.last_state if "episode" in infos else env.state
+        assert torch.equal(reached.t, env.candidates[choice])
+        assert (reached.t < before.t).all()
+        if "episode" not in infos:
+            assert least == most
+            continue
         lengths = infos["episode"]["l"][ended]
         assert ((lengths >= least) & (lengths <= most)).all()
         assert not infos["episode"]["invalid_actions"].any()
@@ -277,6 +287,28 @@ def test_invalid_actions_are_counted_by_row_and_episode(make):
         [[T, T, T], [1, 1, 0]],  # below candidate 5 there is only 0
         [[F, F, F], [0, 0, 0]],
     ]
+
+
+def test_what_is_saved_counts_invalid_actions_on(make):
+    env, twin = make(1, max_steps=3), make(1, max_steps=3)
+    env.reset(), twin.reset()
+    for choice in (2, 1):
+        env.step(torch.tensor([choice]))
+    twin.load_state_dict(env.state_dict())
+    for each in (env, twin):
+        *_, infos = each.step(torch.tensor([ZERO]))
+        assert infos["episode"]["invalid_actions"].tolist() == [1]
+
+
+@pytest.mark.parametrize("spoil", ["smaller", "empty", "other kind"])
+def test_the_state_of_another_environment_is_refused(make, teacher, bank, spoil):
+    env = make(4, max_steps=3)
+    env.reset()
+    other = ReDiFVectorEnv(4, teacher, bank=bank) if spoil == "other kind" else make(2, max_steps=3)
+    other.reset()
+    with pytest.raises(InvalidArgumentError, match="state="):
+        env.load_state_dict({} if spoil == "empty" else other.state_dict())
+    env.step(torch.zeros(4, dtype=torch.int64))  # as it was
 
 
 def test_a_reset_forgets_invalid_actions(make):
@@ -393,10 +425,8 @@ def test_a_row_is_a_single_environment(make, make_single):
             if ended[row]:
                 final = infos["final_obs"]["latents"][row]
                 np.testing.assert_allclose(alone[row]["latents"], final.numpy(), atol=1e-5)
-                episode = {name: value[row] for name, value in infos["episode"].items()}
-                assert info["episode"].keys() == episode.keys()
-                for name in ("l", "nfe", "invalid_actions"):
-                    assert info["episode"][name] == int(episode[name])
+                for name in ("nfe", "invalid_actions"):
+                    assert info[name] == int(infos["episode"][name][row])
     assert ended == [True] * 4
 
 

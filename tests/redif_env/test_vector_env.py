@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from gymnasium.vector import AutoresetMode, VectorEnv
 from tripwire import Tripwire, arm, count_reads
 
@@ -28,6 +28,7 @@ from redif_env import (
 )
 from redif_env.errors import InvalidActionError, InvalidArgumentError, InvalidRewardError
 from redif_env.loading import noise_schedule
+from redif_env.noise import FlowSchedule
 from redif_env.vector_env import task_hash
 
 DIM = 64
@@ -427,6 +428,89 @@ def test_a_bad_start_is_refused(make, options, start):
     assert env.state is before
 
 
+class Flaky(MSE):
+    """Fails at one call, as a server that is away or a NaN in a network does."""
+
+    def __init__(self, call, fails):
+        self.calls, self.call, self.fails = 0, call, fails
+
+    def reward_map(self, x_0, teacher_x_0, condition):
+        self.calls += 1
+        if self.calls == self.call and self.fails == "raises":
+            raise TimeoutError("the server is away")
+        values = super().reward_map(x_0, teacher_x_0, condition)
+        return values * torch.nan if self.calls == self.call else values
+
+
+@pytest.mark.parametrize("fails", ["raises", "nan"])
+@pytest.mark.parametrize(
+    "options", [{"schedule": name, "num_steps": 2} for name in ("uniform", "free")]
+)
+def test_a_reward_that_fails_leaves_the_environment_where_it_was(make, options, fails):
+    """The same step, tried again, goes on as if nothing had been."""
+    call = 1 if options["schedule"] == "uniform" else 2
+    env, calm = make(reward=Flaky(call, fails), **options), make(**options)
+    generator = torch.Generator().manual_seed(0)
+    env.reset(seed=1), calm.reset(seed=1)
+    refused = 0
+    for _ in range(5):
+        actions = draw(env, generator)
+        wanted = calm.step(actions)
+        try:
+            found = env.step(actions)
+        except (TimeoutError, InvalidRewardError):
+            refused += 1
+            found = env.step(actions)
+        for mine, theirs in zip(found[:4], wanted[:4], strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+        assert env.state_dict()["step_count"] == calm.state_dict()["step_count"]
+    assert refused == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "scored"),
+    [
+        ({"schedule": "uniform"}, 2),
+        ({"min_steps": 4}, 2),  # free times, but all episodes of one length
+        ({"min_steps": 3}, 8),
+    ],
+)
+def test_rewards_score_only_where_an_episode_can_end(make, options, scored):
+    env = make(reward=(reward := Flaky(0, "never")), num_steps=4, **options)
+    env.reset(seed=0)
+    for _ in range(8):
+        env.step(draw(env, torch.Generator().manual_seed(0)))
+    assert reward.calls == scored
+
+
+def test_a_start_may_be_any_time_of_a_continuous_schedule(teacher):
+    network = teacher.denoiser.network
+    denoiser = Denoiser(network, FlowSchedule(), "flow_prediction", (1, 8, 8), num_classes=10)
+    teacher = Teacher(denoiser, FlowMatchEulerDiscreteScheduler, num_steps=2)
+    env = ReDiFVectorEnv(2, teacher, start=700.1, bank_size=4)
+    assert env.process.first_time == 700.1
+    with pytest.raises(InvalidArgumentError, match="start=1000"):
+        ReDiFVectorEnv(2, teacher, start=1000.1, bank_size=4)
+
+
+def test_actions_may_be_read_only_or_run_backwards(make):
+    env = make()
+    env.reset(seed=0)
+    actions = np.zeros(env.action_space.shape, np.float32)
+    actions.flags.writeable = False
+    env.step(actions)
+    env.step(actions[::-1])
+
+
+def test_a_refused_reset_leaves_no_trace(make):
+    env, calm = make(), make()
+    env.reset(seed=1), calm.reset(seed=1)
+    for options in ({"start": [3.5] * 4}, {"tasks": [99, 0, 0, 0]}):
+        with pytest.raises(InvalidArgumentError):
+            env.reset(seed=2, options=options)
+    assert torch.equal(env.reset()[1]["task"], calm.reset()[1]["task"])
+
+
 @pytest.mark.parametrize("min_steps", [1, 2, 3, 4])
 def test_no_episode_has_fewer_steps(make, min_steps):
     """However eager the choices; rows that follow their neighbours' end included."""
@@ -435,7 +519,7 @@ def test_no_episode_has_fewer_steps(make, min_steps):
     lengths = []
     for _ in range(12):
         *_, ended, _, infos = env.step(choosing(env, [END, END, -0.9, KEEP]))
-        lengths += infos["episode"]["l"][ended].tolist()
+        lengths += infos["episode"]["l"][ended].tolist() if "episode" in infos else []
     assert min(lengths) == min_steps
     assert max(lengths) == 4
 

@@ -240,6 +240,14 @@ def test_gains_stay_on_the_device(teacher, bank):
     assert isinstance(env.step(torch.zeros(2, 64))[1], Tripwire)
 
 
+def test_a_reward_over_the_batch_has_no_baseline(teacher, bank):
+    env = ReDiFVectorEnv(
+        4, teacher, bank=bank, residual=True, schedule=[500], reward="energy_distance"
+    )
+    with pytest.raises(InvalidArgumentError, match=r"energy_distance.*against the others"):
+        RelativeReward(env)
+
+
 @pytest.mark.parametrize("env", [None, OfArrays(), "plain"])
 def test_without_a_frozen_student_there_is_no_baseline(teacher, bank, env):
     env = ReDiFVectorEnv(2, teacher, bank=bank) if env == "plain" else env
