@@ -202,6 +202,8 @@ class WeightedSum(Reward):
     """
 
     def __init__(self, terms: list[tuple[float, Reward]]) -> None:
+        if not terms:
+            raise InvalidArgumentError("terms", terms, "pass a pair of weight and reward at least.")
         self.terms = terms
         self.has_map = any(term.has_map for _, term in terms)
         self.differentiable = all(term.differentiable for _, term in terms)
@@ -313,7 +315,9 @@ def evaluate_terms(
     _check_tensor(reward, values, (len(x_0),), x_0.device)
     for term in terms.values():
         _check_tensor(reward, term, (len(x_0),), x_0.device)
-    reward_map = None if reward_map is None else reward_map.float()
+    if reward_map is not None:
+        _check_map(reward, reward_map, x_0)
+        reward_map = reward_map.float()
     return Score(values.float(), reward_map, {name: term.float() for name, term in terms.items()})
 
 
@@ -361,9 +365,15 @@ _REGISTRY: dict[str, Callable[[], Reward]] = {}
 def register_reward(name: str, make: Callable[[], Reward]) -> None:
     """Make `name` usable wherever a reward is given as a string.
 
+    Args:
+        name: A name that is taken already is given to the new reward.
+        make: Such as the reward's class: makes one when it is asked for.
+
     Raises:
-        InvalidArgumentError: for a name that a sum by name could not hold.
+        InvalidArgumentError: for a name that a sum by name could not hold, or what makes nothing.
     """
+    if not callable(make) or isinstance(make, Reward):
+        raise InvalidArgumentError("make", make, "pass a class or function that makes the reward.")
     if not isinstance(name, str) or not name or name != name.strip() or {"+", "*"} & {*name}:
         raise InvalidArgumentError(
             "name", name, "pass a name without + and *, and without spaces around it."
@@ -392,4 +402,7 @@ def _parse_term(term: str) -> tuple[float, Reward]:
     if name.strip() not in _REGISTRY:
         names = ", ".join(map(repr, sorted(_REGISTRY)))
         raise InvalidArgumentError("reward", term.strip(), f"the rewards are {names}.")
-    return _check_weight(weight or 1.0), _REGISTRY[name.strip()]()
+    reward = _REGISTRY[name.strip()]()
+    if not isinstance(reward, Reward):
+        raise InvalidArgumentError("reward", reward, f"{name.strip()!r} is to make a Reward.")
+    return _check_weight(weight or 1.0), reward

@@ -122,10 +122,14 @@ class Discrepancy(OnlineReward):
         features: Function or module from samples to `(N, ...)`, flattened to `(N, F)`; a module is
             copied and frozen. None: the samples themselves.
         reference: Teacher answers to compare with, float `(M, *latent_shape)`, M at least 2, such
-            as another bank's `teacher_x_0`; None takes those of the batch.
-        memory: Most recent student samples to score against, as `update` was given them, in place
-            of the batch: rows then do not influence each other. Until it holds two samples all
-            rewards are 0, as if the student had been the teacher.
+            as another bank's `teacher_x_0`; None takes those of the batch or of the memory.
+        memory: Most recent student samples to score against, as `update` was given them with the
+            teacher's answers, in place of the batch: rows then do not influence each other. Until
+            it holds two samples all rewards are 0, as if the student had been the teacher.
+
+    Attributes:
+        memory, answers: Features of student samples, and without a reference of the teacher's
+            answers to the same noise, float32 `(n, F)` each; None until `update`.
 
     Raises:
         InvalidArgumentError: for features that are not a row a sample, or too few rows.
@@ -150,9 +154,12 @@ class Discrepancy(OnlineReward):
         if self.size == 1:
             raise InvalidArgumentError("memory", memory, "pass 2 or more: one has no distribution.")
         self.over_batch = self.size == 0
+        if isinstance(self.features, nn.Module):  # of a sample, its answer, and both in `update`
+            self.nfe = 1 + (reference is None) + (not self.over_batch)
         self.memory: Tensor | None = None
-        self._answers = reference
-        self._fixed: Reference | None = None
+        self.answers: Tensor | None = None
+        self._given = reference
+        self._kept: Reference | None = None
 
     @abstractmethod
     def fit_kernel(self, y: Tensor) -> Kernel:
@@ -160,14 +167,13 @@ class Discrepancy(OnlineReward):
 
     @torch.no_grad()
     def __call__(self, x_0: Tensor, teacher_x_0: Tensor, condition: Tensor | None) -> Tensor:
-        reference = self._reference(teacher_x_0)
         x = self._features(x_0)
         if self.over_batch:
             _check_rows("x_0", x, 3)
-            return -pseudo_values(reference, x)
+            return -pseudo_values(self._reference(teacher_x_0), x)
         if self.memory is None or len(self.memory) < 2:
             return torch.zeros_like(x[:, 0])
-        return -pseudo_values_beside(reference, x, self.memory.to(x.device))
+        return -pseudo_values_beside(self._reference(teacher_x_0), x, self.memory.to(x.device))
 
     @torch.no_grad()
     def update(
@@ -175,9 +181,9 @@ class Discrepancy(OnlineReward):
     ) -> dict[str, float]:
         if self.over_batch:
             return {}
-        x = self._features(x_0)
-        kept = x if self.memory is None else torch.cat([self.memory.to(x.device), x])
-        self.memory = kept[-self.size :]
+        self.memory = self._remember(self.memory, x_0)
+        if self._given is None:
+            self.answers, self._kept = self._remember(self.answers, teacher_x_0), None
         if len(self.memory) < 2:
             return {"memory": float(len(self.memory))}
         reference = self._reference(teacher_x_0)
@@ -185,20 +191,33 @@ class Discrepancy(OnlineReward):
         return {"estimate": float(distance), "memory": float(len(self.memory))}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"memory": None if self.memory is None else self.memory.cpu()}
+        kept = {"memory": self.memory, "answers": self.answers}
+        return {name: None if value is None else value.cpu() for name, value in kept.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.memory = state["memory"]
+        self.memory, self.answers, self._kept = state["memory"], state["answers"], None
+
+    def _remember(self, memory: Tensor | None, samples: Tensor) -> Tensor:
+        """The memory with the features of samples added; its own, not part of something larger."""
+        new = self._features(samples)
+        kept = new if memory is None else torch.cat([memory.to(new.device), new])
+        return kept[-self.size :].clone()
 
     def _reference(self, teacher_x_0: Tensor) -> Reference:
-        if self._answers is None:
-            return self._make_reference(teacher_x_0)
-        if self._fixed is None or self._fixed.features.device != teacher_x_0.device:
-            self._fixed = self._make_reference(self._answers.to(teacher_x_0.device))
-        return self._fixed
+        """Made of the batch's answers at each call; of given or remembered ones, once."""
+        device = teacher_x_0.device
+        if self.over_batch and self._given is None:
+            return self._make_reference(self._features(teacher_x_0))
+        if self._kept is None or self._kept.features.device != device:
+            if self._given is not None:
+                y = self._features(self._given.to(device))
+            else:
+                assert self.answers is not None  # remembered with the samples
+                y = self.answers.to(device)
+            self._kept = self._make_reference(y)
+        return self._kept
 
-    def _make_reference(self, answers: Tensor) -> Reference:
-        y = self._features(answers)
+    def _make_reference(self, y: Tensor) -> Reference:
         _check_rows("teacher_x_0", y, 2)
         kernel = self.fit_kernel(y)
         return Reference(kernel, y, mean_between_others(kernel(y, y)))

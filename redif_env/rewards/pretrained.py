@@ -48,7 +48,7 @@ class Encoder(Reward):
         local_files_only: bool = True,
     ) -> None:
         folder = _find_folder(str(source or self.source), local_files_only)
-        self.network = _load(self.kind, folder)
+        self.network = load_frozen(self.kind, folder)
         self.preprocess = preprocess or _image_input(self.network, folder)
 
     @abstractmethod
@@ -150,8 +150,13 @@ def _find_folder(source: str, local_files_only: bool) -> str:
         ) from error
 
 
-def _load(kind: str, folder: str) -> Any:
-    """A frozen network of the class `kind`, in float32, all of whose weights were in the files."""
+def load_frozen(kind: str, folder: str | Path) -> Any:
+    """A frozen network of transformers' class `kind`, float32, all of whose weights were in files.
+
+    Raises:
+        RewardModelError: if there is none in the folder, or it lacks weights of that class.
+        MissingExtraError: without transformers, or without timm where the network is one of its.
+    """
     transformers = require("transformers", EXTRA)
     try:
         network, info = getattr(transformers, kind).from_pretrained(
@@ -166,13 +171,15 @@ def _load(kind: str, folder: str) -> Any:
         raise MissingExtraError("timm", "timm") from error
     except Exception as error:  # transformers raises many kinds
         raise RewardModelError(
-            "source", folder, f"no {kind} could be loaded: pass a model of that kind ({error})."
+            "source",
+            str(folder),
+            f"no {kind} could be loaded: pass a model of that kind ({error}).",
         ) from error
     # transformers would leave such weights random, and only warn.
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler"))
     if missing:
         raise RewardModelError(
-            "source", folder, f"it lacks {missing[0]!r} of {kind}: pass a model of that kind."
+            "source", str(folder), f"it lacks {missing[0]!r} of {kind}: pass a model of that kind."
         )
     return network.eval().requires_grad_(False)
 

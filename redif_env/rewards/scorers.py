@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import InvalidArgumentError, check_choice, require
+from ..errors import InvalidArgumentError, check_choice, check_integer, require
 from ..onnx_graph import open_graph
 from ..rendering import to_rgb
 from .base import Reward
+from .pretrained import load_frozen
 
 
 def as_images(x_0: Tensor) -> Tensor:
@@ -80,14 +81,15 @@ class _CLIP(Reward):
             downloaded; the id of a model in the local Hugging Face cache works too.
 
     Raises:
-        InvalidArgumentError: if the folder cannot be read.
+        InvalidArgumentError: if the folder cannot be read, or lacks weights of the model.
         MissingExtraError: without transformers.
     """
 
+    nfe = 1
+
     def __init__(self, folder: str | Path) -> None:
-        transformers = require("transformers", "transformers")
         # The tensors are ours; of the processor only the numbers are used.
-        self.model = _load(transformers.CLIPModel, folder).eval().requires_grad_(False)
+        self.model = load_frozen("CLIPModel", folder)
         settings = _load(_image_processor(), folder)
         self.mean, self.std = settings.image_mean, settings.image_std
         self.side = self.model.config.vision_config.image_size
@@ -223,6 +225,8 @@ class Onnx(Reward):
         MissingExtraError: without onnxruntime.
     """
 
+    nfe = 1
+
     def __init__(self, path: str | Path) -> None:
         self.session = open_graph(path)
         self.inputs = [each.name for each in self.session.get_inputs()]
@@ -256,6 +260,8 @@ class Function(Reward):
         inputs: `"tensor"`: samples are float32 `(N, *latent_shape)`, as they are, on their device;
             `"pil"`: a list of N 8-bit RGB PIL images, which hides NaN.
         name: In logs.
+        nfe: Forward passes of networks that scoring one sample takes, for the ledger of what
+            training costs.
 
     Raises:
         InvalidArgumentError: if `function` cannot be called; when scoring, if it does not return a
@@ -263,13 +269,18 @@ class Function(Reward):
     """
 
     def __init__(
-        self, function: Callable[..., Any], inputs: str = "tensor", name: str | None = None
+        self,
+        function: Callable[..., Any],
+        inputs: str = "tensor",
+        name: str | None = None,
+        nfe: int = 0,
     ) -> None:
         if not callable(function):
             raise InvalidArgumentError("function", function, "pass a function of the samples.")
         _check_takes_two(function)
         self.function = function
         self.inputs = check_choice("inputs", inputs, ("tensor", "pil"))
+        self.nfe = check_integer("nfe", nfe, 0)
         self._name = name or getattr(function, "__name__", type(function).__name__).strip("<>")
 
     @property
@@ -332,9 +343,9 @@ def _image_processor() -> Any:
 
 
 def _load(kind: Any, folder: str | Path) -> Any:
+    """A processor or tokenizer, which is no network."""
     try:
-        # use_safetensors: never unpickle a file from outside. Others than models ignore it.
-        return kind.from_pretrained(folder, local_files_only=True, use_safetensors=True)
+        return kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises many kinds for a damaged folder
         raise InvalidArgumentError(
             "folder", str(folder), f"no {kind.__name__} could be read there ({error})."

@@ -37,6 +37,7 @@ from redif_env.rewards import (
     evaluate,
     evaluate_terms,
     make_reward,
+    register_reward,
 )
 
 GRID = [850.0, 300.0]
@@ -245,6 +246,44 @@ def test_what_has_no_scale_is_refused(teacher, bank):
         broken.normalised(bank, teacher.denoiser, GRID)
     with pytest.raises(InvalidArgumentError, match="schedule"):
         MSE().normalised(bank, teacher.denoiser, [1.0, 2.0])
+
+
+class OwnScore(MSE):
+    """Scores by itself, as a reward that shares work between values and map does."""
+
+    def __init__(self, spoil):
+        self.spoil = spoil
+
+    def score(self, x_0, teacher_x_0, condition):
+        values, reward_map = super().score(x_0, teacher_x_0, condition)
+        return values, self.spoil(reward_map)
+
+
+@pytest.mark.parametrize("spoil", [lambda m: m[:1], lambda m: m[:, 0], lambda m: m.long()])
+def test_the_map_of_a_score_of_ones_own_is_checked(pair, spoil):
+    """One row of a map would be broadcast to all, and each credited with another's reward."""
+    evaluate(OwnScore(lambda m: m), *pair, None)
+    with pytest.raises(InvalidRewardError):
+        evaluate(OwnScore(spoil), *pair, None)
+
+
+@pytest.mark.parametrize("make", [MSE(), 3, None])
+def test_what_makes_no_reward_is_refused(make):
+    """An instance would be shared, and call nothing."""
+    with pytest.raises(InvalidArgumentError, match="make="):
+        register_reward("made_of_nothing", make)
+
+
+def test_a_name_that_makes_something_else_is_refused(monkeypatch):
+    monkeypatch.setattr(base, "_REGISTRY", dict(base._REGISTRY))
+    register_reward("a_number", lambda: 3)
+    with pytest.raises(InvalidArgumentError, match="a_number"):
+        make_reward("a_number")
+
+
+def test_a_sum_has_terms():
+    with pytest.raises(InvalidArgumentError, match="terms="):
+        WeightedSum([])
 
 
 # The checker

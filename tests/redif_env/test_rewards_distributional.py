@@ -228,6 +228,47 @@ def test_a_memory_is_saved(samples, tmp_path):
 
 
 @pytest.mark.parametrize("kind", REWARDS)
+def test_a_memory_without_a_reference_scores_each_row_alone(samples, kind):
+    x, y = samples
+    reward = kind(memory=len(x))
+    assert not reward(x[:1], y[:1], None).any()
+    reward.update(x, y, None)
+    together = reward(x, y, None)
+    alone = torch.cat([reward(x[i : i + 1], y[i : i + 1], None) for i in range(len(x))])
+    torch.testing.assert_close(alone, together)
+    given = kind(reference=y, memory=len(x))
+    given.update(x, y, None)
+    torch.testing.assert_close(together, given(x, y, None))
+    again = kind(memory=len(x))
+    again.load_state_dict(reward.state_dict())
+    assert torch.equal(again(x, y, None), together)
+
+
+def test_a_memory_keeps_no_more_than_it_holds(samples):
+    x, y = samples
+    reward = EnergyDistance(memory=2)
+    reward.update(x.repeat(100, 1, 1), y.repeat(100, 1, 1), None)
+    assert reward.state_dict()["memory"].untyped_storage().nbytes() == 2 * x[0].numel() * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "nfe"), [({}, 2), ({"reference": True}, 1), ({"memory": 8}, 3)], ids=str
+)
+def test_networks_of_features_are_counted(samples, options, nfe):
+    """Of a sample, of its answer, and again where they are remembered."""
+    x, y = samples
+    calls = []
+    options = {**options, "reference": y} if "reference" in options else options
+    reward = EnergyDistance(features=torch.nn.Flatten(), **options)
+    reward.features.register_forward_hook(lambda *_: calls.append(1))
+    reward(x, y, None)
+    calls.clear()  # of what a reference takes once
+    reward(x, y, None)
+    reward.update(x, y, None)
+    assert len(calls) == reward.nfe == nfe
+
+
+@pytest.mark.parametrize("kind", REWARDS)
 def test_nan_is_not_hidden(samples, kind):
     x, y = samples
     x[2, 0, 0] = torch.nan
@@ -247,6 +288,9 @@ def test_rows_must_end_together(teacher, bank):
         with pytest.raises(InvalidArgumentError, match=r"energy_distance'.*fixed schedule"):
             make(4, teacher, reward=mixed, bank=bank)
     ReDiFVectorEnv(4, teacher, reward=EnergyDistance(memory=8), bank=bank)
+    for make in (ReDiFVectorEnv, ReDiFScheduleVectorEnv):  # all of one length
+        steps = {"max_steps" if make is ReDiFScheduleVectorEnv else "num_steps": 2, "min_steps": 2}
+        make(4, teacher, reward=mixed, bank=bank, **steps)
     env = ReDiFVectorEnv(4, teacher, reward=mixed, bank=bank, schedule=[500])
     env.reset(seed=0)
     _, rewards, *_ = env.step(torch.zeros(4, 64))

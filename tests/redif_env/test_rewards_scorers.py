@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from redif_env import MSE
@@ -181,7 +182,7 @@ def test_heads_that_do_not_fit(clip_folder, tmp_path, tensors):
 
 
 def test_files_that_are_not_there(clip_folder, tmp_path):
-    with pytest.raises(InvalidArgumentError, match=r"folder=.*CLIPModel"):
+    with pytest.raises(InvalidArgumentError, match=r"source=.*CLIPModel"):
         CLIPScore(tmp_path / "nothing", PROMPTS)
     with pytest.raises(InvalidArgumentError, match=r"head=.*could not be read"):
         Aesthetic(clip_folder, tmp_path / "nothing.safetensors")
@@ -190,6 +191,17 @@ def test_files_that_are_not_there(clip_folder, tmp_path):
         Aesthetic(clip_folder, tmp_path / "bad.safetensors")
     with pytest.raises(InvalidArgumentError, match="activation='gelu'"):
         Aesthetic(clip_folder, tmp_path / "bad.safetensors", "gelu")
+
+
+def test_a_model_without_all_its_weights_is_refused(clip_folder, tmp_path):
+    """Transformers would fill in random ones, others at every start, and only warn."""
+    shutil.copytree(clip_folder, folder := tmp_path / "clip")
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if "vision" not in name}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    for make in (lambda: CLIPScore(folder, PROMPTS), lambda: Aesthetic(folder, tmp_path / "head")):
+        with pytest.raises(InvalidArgumentError, match=r"source=.*lacks 'vi"):
+            make()
 
 
 @pytest.mark.parametrize("prompts", ["a one", [], [1, 2], None])
