@@ -117,15 +117,17 @@ def std(values: Tensor) -> Tensor:
 
     From each process's mean and variance (Chan et al. 1983), since sums of squares lose digits:
 
-    .. math:: (WN - 1)\,s^2 = \sum_w (N - 1)\,s_w^2 + N \sum_w (m_w - m)^2
+    .. math:: (WN - 1)\,s^2 = N \sum_w s_w^2 + N \sum_w (m_w - m)^2
+
+    with :math:`s_w^2` without it, which a single value has too.
     """
     if world_size() == 1:
         return values.std()
     count = values.numel()
-    variance, centre = torch.var_mean(values)
+    variance, centre = torch.var_mean(values, correction=0)
     variances, centres = gather(torch.stack([variance, centre])[None]).unbind(1)
-    spread = (count - 1) * variances.sum() + count * (centres - centres.mean()).square().sum()
-    return (spread / (count * world_size() - 1)).sqrt()
+    spread = variances.sum() + (centres - centres.mean()).square().sum()
+    return (count * spread / (count * world_size() - 1)).sqrt()
 
 
 def gather(rows: Tensor) -> Tensor:

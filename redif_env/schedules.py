@@ -68,7 +68,8 @@ def uniform(schedule: NoiseSchedule, num_steps: int) -> Tensor:
 def karras(schedule: NoiseSchedule, num_steps: int, rho: float = 7.0) -> Tensor:
     """Times whose sigma/alpha follow Karras et al. 2022, eq. 5, from at most 80 to the data."""
     num_steps = check_integer("num_steps", num_steps, 1)
-    times = schedule.snap(torch.arange(1.0, schedule.max_timestep + 1))
+    unit = 1.0 if _has_whole_times(schedule) else min_gap(schedule)
+    times = schedule.snap(torch.arange(1, math.ceil(schedule.max_timestep / unit) + 1) * unit)
     ratio = (schedule.sigma(times) / schedule.alpha(times)).double()
     high = min(KARRAS_SIGMA_MAX, float(ratio[-1])) ** (1 / rho)
     low = float(ratio[0]) ** (1 / rho)
@@ -275,5 +276,11 @@ def encode_choice(s: Tensor, t: Tensor) -> Tensor:
 
 
 def min_gap(schedule: NoiseSchedule) -> float:
-    """The smallest step in time that a choice can take: a thousandth of the axis, rounded up."""
-    return float(math.ceil(schedule.num_train_timesteps / 1000))
+    """The smallest step that a choice can take: a thousandth of the axis; of whole times, whole."""
+    gap = schedule.num_train_timesteps / 1000
+    return float(math.ceil(gap)) if _has_whole_times(schedule) else gap
+
+
+def _has_whole_times(schedule: NoiseSchedule) -> bool:
+    half = torch.tensor(0.5)
+    return bool(schedule.snap(half) != half)

@@ -70,6 +70,27 @@ def test_karras_has_the_noise_levels_of_the_paper(schedule):
     assert [math.log(r) for r in ratio] == pytest.approx([math.log(w) for w in wanted], abs=0.2)
 
 
+@pytest.mark.parametrize("length", [1, 10, 250])
+def test_the_unit_of_continuous_time_does_not_matter(length):
+    """Times of [0, T] in other units than thousandths are as fine."""
+    fine, usual = FlowSchedule(length), FlowSchedule(1000)
+    for choice in (-1.0, 0.0, 0.4, 1.0):
+        s = [
+            schedules.next_time(
+                torch.tensor([choice]),
+                axis.max_timestep * torch.ones(1),
+                torch.zeros(1),
+                axis,
+                max_steps=4,
+                min_steps=2,
+            )
+            for axis in (fine, usual)
+        ]
+        torch.testing.assert_close(s[0] * 1000 / length, s[1])
+    karras = [schedules.karras(VESchedule(num_train_timesteps=n), 8) for n in (length, 1000)]
+    torch.testing.assert_close(karras[0] * 1000 / length, karras[1])
+
+
 def test_karras_spends_more_steps_near_the_data_than_uniform():
     assert schedules.karras(VP, 6)[4] < schedules.uniform(VP, 6)[4]
 
