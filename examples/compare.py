@@ -62,6 +62,7 @@ def work(args: Args) -> None:
 
 def open_runs(args: Args) -> Runs:
     """The task's runs, or its trials."""
+    plan(args.methods, args.num_steps, args.seeds, args.budget)  # before tasks take their time
     usual = usual_sizes(args.task)
     asked = {
         "train": args.num_train,

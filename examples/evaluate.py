@@ -99,8 +99,8 @@ def main(args: Args) -> dict[str, Any]:
     """Evaluate, print the table, and return the report."""
     num = check_integer("num_samples", args.num_samples, 10)
     named = parse_methods(args.methods)
-    if args.out is not None and args.out.is_dir():
-        raise InvalidArgumentError("out", str(args.out), "pass a file's name.")
+    if args.out is not None:
+        check_out(args.out)
     inception = None if args.inception is None else load_inception(args.inception, args.device)
     tasks = make_tasks(args, num)
     judge = choose_judge(args, tasks)
@@ -124,9 +124,18 @@ def main(args: Args) -> dict[str, Any]:
     report |= {"reference": str(against), "paths": named, "versions": versions()}
     print(table(report))
     if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.out, report)
     return report
+
+
+def check_out(out: Path) -> None:
+    """Make the folder of a file that is written after minutes of work."""
+    try:
+        if out.is_dir():
+            raise IsADirectoryError("it is a folder")
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidArgumentError("out", str(out), f"pass a file's name ({error}).") from error
 
 
 def parse_methods(texts: Sequence[str]) -> dict[str, list[str]]:
@@ -194,10 +203,17 @@ def sampler(folder: Path, num_steps: int, teacher: Teacher) -> Any:
         return model.sample
     student = load_denoiser(folder, guidance_scale=info["guidance_scale"]).to(teacher.device)
     check_model(folder, student.latent_shape, teacher)
-    length = student.schedule.num_train_timesteps
-    times = info.get("timesteps") or [sigma * length for sigma in info["sigmas"]]
-    grid = schedules.explicit(times, student.schedule)
+    grid = schedules.explicit(
+        times_of(info, student.schedule.num_train_timesteps), student.schedule
+    )
     return lambda x_T, condition: schedules.sample(student, x_T, condition, grid)
+
+
+def times_of(info: dict[str, Any], length: int) -> list[float]:
+    """The times that an exported student steps at, by whichever name its scheduler has them."""
+    if "ramp" in info:  # of EDM: from 0 at the noise to 1 at the data
+        return [(1 - share) * length for share in info["ramp"]]
+    return info.get("timesteps") or [sigma * length for sigma in info["sigmas"]]
 
 
 def check_model(folder: Path, shape: tuple[int, ...], teacher: Teacher) -> None:

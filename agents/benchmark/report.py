@@ -177,17 +177,17 @@ def _brief(found: Mapping[str, Any], name: str, figure: str) -> str:
         return ""
     words = [_short(found["methods"][name][figure]["estimate"])]
     words += [verdict] if (verdict := _verdicts(found, OURS, name, (figure,))) else []
-    return _marked(found, name, " ".join(words))
+    return _marked(found, (name, OURS) if verdict else (name,), " ".join(words))
 
 
-def _marked(found: Mapping[str, Any], name: str, text: str | None = None) -> str:
-    """A method's name, or what is said of it, marked where it was trained once."""
-    text = name if text is None else text
-    return f"{text} (1)" if _of_one_seed(found, name) else text
+def _marked(found: Mapping[str, Any], names: Sequence[str], text: str | None = None) -> str:
+    """The first method's name, or what is said of them, marked where one was trained once."""
+    text = names[0] if text is None else text
+    return f"{text} (1)" if any(_of_one_seed(found, name) for name in names) else text
 
 
 def _of_one_seed(found: Mapping[str, Any], name: str) -> bool:
-    trained = ENTRANTS[name].train is not None
+    trained = ENTRANTS[name].train is not None and name in found["methods"]
     return trained and found["methods"][name]["runs"]["seeds"] == 1
 
 
@@ -199,7 +199,9 @@ def summary(found: Mapping[str, Any]) -> str:
             words: dict[str, list[str]] = {}
             for row in found["comparisons"]:
                 if row["method"] == name and row["figure"] == figure:
-                    words.setdefault(row["verdict"], []).append(_marked(found, row["rival"]))
+                    words.setdefault(row["verdict"], []).append(
+                        _marked(found, (row["rival"], name))
+                    )
             if words:
                 parts = (f"{word}: {', '.join(words[word])}" for word in sorted(words))
                 lines.append(f"* `{name}`, {TITLES[figure]}. {'. '.join(parts)}.")

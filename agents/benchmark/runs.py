@@ -11,7 +11,7 @@ import functools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from filelock import FileLock, Timeout
@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from redif_env import schedules
-from redif_env.errors import check_choice
+from redif_env.errors import InvalidArgumentError, check_choice, check_integer
 from redif_env.files import write_tensors, write_text
 
 from ..baselines import UNTRAINED, Ledger, Result, solve
@@ -41,6 +41,7 @@ from .entrants import (
 from .settings import REMEDIES, TRIALS, chosen
 from .tasks import RANKED, Task
 
+T = TypeVar("T")
 SAMPLES = "x_0"
 ESTIMATE = ".estimate"
 IDENTITY = "identity"
@@ -94,9 +95,12 @@ def plan(
     are asked for.
 
     Raises:
-        InvalidArgumentError: for an unknown method.
+        InvalidArgumentError: for an unknown method, numbers that make no sense, and what is named
+            twice: one training would count as two.
     """
-    methods, steps = [_known(name) for name in methods], list(num_steps)
+    methods = _once("methods", [_known(name) for name in methods])
+    steps = _once("num_steps", [check_integer("num_steps", each, 1) for each in num_steps])
+    seeds = _once("seeds", [check_integer("seeds", each, 0) for each in seeds])
     runs = []
     for place, seed in enumerate(seeds):
         for number in steps:
@@ -218,12 +222,26 @@ class Runs:
             with lock:
                 if self.find(run) is not None:
                     continue
+                self._check_sizes(run)
                 try:
                     line = self._execute(run)
                     shown = {k: line[k] for k in (*RANKED, "seconds") if k in line}
                 except TrainingDivergedError as error:  # of one; the others go on
                     shown = {"failed": str(error)}
                 print(f"{number}/{len(runs)}", run.label, shown, flush=True)
+
+    def _check_sizes(self, run: Run) -> None:
+        """Refuse to replace figures of the same run on other numbers of tasks."""
+        about = self._about(run)
+        for name, option in (("num_test", "--num-test"), ("num_validation", "--num-validation")):
+            for line in self.read():
+                if _same(line, about) and line.get(name) != about[name]:
+                    raise InvalidArgumentError(
+                        name,
+                        about[name],
+                        f"{self.lines} has {run.label} with {line.get(name)}, which would be lost: "
+                        f"pass {option} {line.get(name)}, other --results, or remove its line.",
+                    )
 
     def grid(self, solver: str, num_steps: int) -> tuple[Tensor, int]:
         """A solver's searched grid, and the network evaluations of finding it: searched once."""
@@ -334,6 +352,12 @@ def _flat(settings: Mapping[str, Any], above: str = "") -> list[tuple[str, Any]]
         own = above + name
         pairs += _flat(value, f"{own}.") if isinstance(value, Mapping) else [(own, value)]
     return pairs
+
+
+def _once(argument: str, values: list[T]) -> list[T]:
+    if len({*values}) < len(values):
+        raise InvalidArgumentError(argument, values, "name each once.")
+    return values
 
 
 def _known(name: str) -> str:

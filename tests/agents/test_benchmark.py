@@ -65,8 +65,8 @@ def quick(monkeypatch):
     monkeypatch.setattr(settings_module, "CHOICES", {None: {1: {**few, **small}}})
 
 
-def make_runs(task, folder):
-    return Runs(task, folder / "lines.jsonl", folder / "samples")
+def make_runs(task, folder, lines="lines"):
+    return Runs(task, folder / f"{lines}.jsonl", folder / "samples")
 
 
 def test_the_mixtures_denoiser_is_the_posterior_mean(task):
@@ -166,6 +166,31 @@ def test_a_plan_ends_a_seed_before_the_next(task):
     assert [run.seed for run in planned if run.method != "ddim"] == [3] * 4 + [4] * 4
     with pytest.raises(InvalidArgumentError):
         plan(["telepathy"], [1], [0], BUDGET)
+
+
+@pytest.mark.parametrize(
+    ("argument", "asked"),
+    [
+        ("methods", ([OURS, OURS], [1], [0])),
+        ("num_steps", ([OURS], [2, 2], [0])),
+        ("num_steps", ([OURS], [0], [0])),
+        ("seeds", ([OURS], [2], [1, 1])),  # would pass for two trainings
+        ("seeds", ([OURS], [2], [-1])),
+    ],
+)
+def test_what_a_plan_names_makes_sense_and_is_named_once(argument, asked):
+    with pytest.raises(InvalidArgumentError, match=f"{argument}="):
+        plan(*asked, BUDGET)
+
+
+def test_figures_on_other_numbers_of_tasks_are_not_replaced(task, tmp_path):
+    run = Run("ddim", 2, 0, 0)
+    make_runs(task, tmp_path).execute([run])
+    fewer = make_runs(dataclasses.replace(task, test=task.test.subset(40)), tmp_path)
+    before = fewer.read()
+    with pytest.raises(InvalidArgumentError, match=r"num_test=40.*ddim-2.*--num-test"):
+        fewer.execute([run])
+    assert fewer.read() == before
 
 
 def test_finished_runs_are_not_redone_and_lost_ones_are(task, tmp_path):
@@ -321,9 +346,9 @@ def test_a_rivals_defaults_are_part_of_its_recipe(monkeypatch):
 def test_a_solver_is_judged_on_other_test_tasks_without_another_search(task, tmp_path, monkeypatch):
     run = Run("dpmpp2m+search", 3, 0, 0)
     make_runs(task, tmp_path).execute([run])
-    fewer = make_runs(dataclasses.replace(task, test=task.test.subset(40)), tmp_path)
+    (before,) = make_runs(task, tmp_path).read()
+    fewer = make_runs(dataclasses.replace(task, test=task.test.subset(40)), tmp_path, "fewer")
     assert fewer.find(run) is None
-    before = fewer.read()[0]
     monkeypatch.setattr(Task, "search", None)
     fewer.execute([run])
     after = fewer.find(run)
@@ -381,7 +406,7 @@ def test_a_student_is_judged_on_other_tasks_without_training(task, tmp_path, mon
 
     monkeypatch.setattr(entrants_module.reinforcement, "train", refuse)
     monkeypatch.setattr(entrants_module.METHODS["backprop"], "train", refuse)
-    other = make_runs(dataclasses.replace(task, test=task.test.subset(40)), tmp_path)
+    other = make_runs(dataclasses.replace(task, test=task.test.subset(40)), tmp_path, "fewer")
     other.execute([run, rival])
     for each in (run, rival):
         assert torch.equal(other.samples(each), before[each.method][:40])

@@ -7,13 +7,14 @@ import warnings
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from gymnasium import spaces
 from matplotlib.image import imsave
 from safetensors.torch import save_file
 
 from agents.choices import make_head
-from agents.export import export_adaptive, export_student
+from agents.export import describe_student, export_adaptive, export_student
 from agents.sampling import sample
 from examples import evaluate
 from examples.evaluate import Args, parse_methods, read_samples
@@ -230,6 +231,16 @@ def test_what_is_no_samples_is_a_typed_error(tmp_path, tasks):
         evaluate.main(Args((str(tmp_path / "nowhere"),), **TINY))
     with pytest.raises(InvalidArgumentError, match="out="):
         evaluate.main(Args(("a",), out=tmp_path, **TINY))
+    with pytest.raises(InvalidArgumentError, match="out="):
+        evaluate.main(Args(("a",), out=tmp_path / "integers.npy" / "report.json", **TINY))
+
+
+def test_students_of_edm_step_at_their_own_times(tmp_path):
+    denoiser = load_teacher(tiny_models.FAMILIES["EDM"].make()).denoiser
+    grid = schedules.explicit([1000.0, 400.0], denoiser.schedule)
+    known = describe_student(denoiser, grid)
+    times = evaluate.times_of(known, denoiser.schedule.num_train_timesteps)
+    assert times == pytest.approx(grid[:-1].tolist())
 
 
 def test_adaptive_students_choose_their_times(tmp_path, tasks):
