@@ -133,7 +133,7 @@ class ReDiFPPO(PPO):
     Attributes:
         rows_trained: States that the student's gradients were computed for since construction;
             transitions of a group that start in one state count once.
-        rollouts: Rollouts since construction.
+        rollouts: Whole rollouts since construction; one that a callback stops does not count.
         gap: What `gap_fraction` is a share of, in latent units; 0 until it is first needed, when
             it is measured on a few tasks without noise.
 
@@ -439,18 +439,21 @@ class ReDiFPPO(PPO):
         statistics = EpisodeStatistics()
         bounds = self._action_bounds(env.device)
         running: Tensor | None = None
+        observation, starts = self._last_obs, self._last_episode_starts
+        # Until the rollout is whole: after a stop or an exception inside an episode the next one
+        # must not start there, its steps would be taken for those of others. learn() resets.
+        self._last_obs = self._last_episode_starts = None
         for step in range(n_rollout_steps):
             if self._schedule_head is not None and step % rollout_buffer.episode_length == 0:
                 episode = step // rollout_buffer.episode_length
-                self._last_obs, running = schedule_learning.begin_episodes(  # type: ignore[assignment]
+                observation, running = schedule_learning.begin_episodes(  # type: ignore[assignment]
                     self._schedule_head, env.env, self._choices, episode
                 )
-                self._last_episode_starts = running  # type: ignore[assignment]
-            observation, starts = self._last_obs, self._last_episode_starts
+                starts = running  # type: ignore[assignment]
             with torch.no_grad():
                 actions, record = self._act(observation, rollout_buffer, running)  # type: ignore[arg-type]
                 clipped = actions if bounds is None else actions.clamp(*bounds)
-                self._last_obs, rewards, ended, infos = env.step_tensor(clipped)  # type: ignore[assignment]
+                following, rewards, ended, infos = env.step_tensor(clipped)
                 if not self.trains_student and "final_obs" in infos:
                     # Out of time is not the end: what would have followed counts, as in SB3.
                     beyond = self.policy.predict_values(infos["final_obs"]).flatten()
@@ -461,10 +464,6 @@ class ReDiFPPO(PPO):
             self.num_timesteps += env.num_envs * parallel.world_size()
             callback.update_locals(locals())
             if not callback.on_step():
-                # The next rollout must not start inside an episode: its steps would be taken for
-                # those of others. Without an observation, learn() resets.
-                self._last_obs = None
-                self._last_episode_starts = None
                 return False
             if running is not None and "episode" in infos:
                 infos = {**infos, "_episode": infos["_episode"] & running}
@@ -479,7 +478,9 @@ class ReDiFPPO(PPO):
             )
             self._add_outcome(rollout_buffer, infos)
             running = None if running is None else running & ~ended
-            self._last_episode_starts = ended  # type: ignore[assignment]
+            observation, starts = following, ended  # type: ignore[assignment]
+        self._last_obs, self._last_episode_starts = observation, starts
+        self.rollouts += 1
         self._checked_env = env  # one rollout says it, and later ones wait for no device
         with torch.no_grad():
             last_values = self._values(self._last_obs)
@@ -503,7 +504,6 @@ class ReDiFPPO(PPO):
         buffer.student_rows = self.n_envs - choosing
         self._choices = ChoiceRollout(choosing)
         self._row = torch.arange(self.n_envs, device=buffer.device)
-        self.rollouts += 1
 
     def _add_outcome(self, buffer: TorchRolloutBuffer, infos: Mapping[str, Any]) -> None:
         """Store what episodes that ended leave behind, beside the reward."""
@@ -816,7 +816,7 @@ class ReDiFPPO(PPO):
         step = buffer.pos % length
         if step == 0:
             groups = self.n_envs // buffer.group_size
-            first = self.rollouts + buffer.pos // length
+            first = self.rollouts + 1 + buffer.pos // length
             self._turns = draw_turns(groups, length, first, buffer.device)
             self._explored_step = self._turns.steps.repeat_interleave(buffer.group_size)
             buffer.add_explored_step(self._explored_step)

@@ -9,6 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium.vector import VectorWrapper
 from small_world import ITERATION, PLAIN_EXPLORATION, weights
 from stable_baselines3.common.callbacks import (
     BaseCallback,
@@ -230,6 +231,27 @@ def test_after_a_stop_inside_an_episode_training_goes_on_with_whole_episodes(mak
     model.learn(ITERATION, reset_num_timesteps=False)
     buffer = model.rollout_buffer
     assert torch.equal(buffer["observation/steps_left"][0], torch.ones(8, 1))
+    assert buffer["episode_starts"][0].all()
+    assert (buffer["rewards"][-1] < 0).all()
+
+
+class Interrupt(StopAfter):
+    def _on_step(self) -> bool:
+        if not super()._on_step():
+            raise KeyboardInterrupt
+        return True
+
+
+def test_after_an_exception_inside_an_episode_training_goes_on_with_whole_episodes(
+    make_env, make_model
+):
+    """In a wrapper too, where nobody would have said so."""
+    model = make_model(VectorWrapper(make_env()), **PLAIN_EXPLORATION)
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(10 * ITERATION, callback=Interrupt(5))
+    assert model.rollouts == 1
+    model.learn(ITERATION, reset_num_timesteps=False)
+    buffer = model.rollout_buffer
     assert buffer["episode_starts"][0].all()
     assert (buffer["rewards"][-1] < 0).all()
 
