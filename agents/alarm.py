@@ -202,7 +202,7 @@ class RewardHackingAlarm(IterationCallback):
         )
 
     def _on_training_end(self) -> None:
-        self.on_iteration()
+        super()._on_training_end()
         self.logger.dump(self.num_timesteps)
 
     def _report(self, quality: Mapping[str, Tensor], hacks: list[Hack], reward: float) -> None:

@@ -21,14 +21,20 @@ from redif_env.teacher import TeacherBank
 class IterationCallback(BaseCallback):
     """Calls `on_iteration` before every `every`-th rollout, and at the end of training.
 
+    An iteration between two calls of `learn` is called once.
+
     Args:
         every: Iterations between two calls.
+
+    Attributes:
+        iteration: Whole rollouts so far.
     """
 
     def __init__(self, every: int = 1) -> None:
         super().__init__()
         self.every = check_integer("every", every, 1)
         self.iteration = 0
+        self._last_called: int | None = None
 
     @abstractmethod
     def on_iteration(self) -> None:
@@ -36,11 +42,18 @@ class IterationCallback(BaseCallback):
 
     def _on_rollout_start(self) -> None:
         if self.iteration % self.every == 0:
-            self.on_iteration()
-        self.iteration += 1
+            self._call()
+
+    def _on_rollout_end(self) -> None:
+        self.iteration += 1  # here: not for a rollout that a callback stops
 
     def _on_training_end(self) -> None:
-        self.on_iteration()
+        self._call()
+
+    def _call(self) -> None:
+        if self._last_called != self.iteration:
+            self._last_called = self.iteration
+            self.on_iteration()
 
     def _on_step(self) -> bool:
         return True
@@ -127,7 +140,7 @@ class HeldOutEvaluation(IterationCallback):
         return state.x_t, state.step_index
 
     def _on_training_end(self) -> None:
-        self.on_iteration()
+        super()._on_training_end()
         self.logger.dump(self.num_timesteps)
 
     def _log_images(self, x_0: Tensor) -> None:

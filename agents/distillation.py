@@ -81,6 +81,7 @@ class _Trained:
         timesteps: Its grid.
         history: Its evaluations on validation tasks.
         spent: Network-forward equivalents by purpose, without the warm-up's.
+        trajectories: How many it was trained on; fewer than planned if a callback stopped it.
         model: The agent, or None.
     """
 
@@ -88,6 +89,7 @@ class _Trained:
     timesteps: Tensor
     history: list[dict[str, float]]
     spent: Counter[str]
+    trajectories: int
     model: ReDiFPPO | None = None
 
 
@@ -368,14 +370,20 @@ def _train_ppo(
         callbacks += [held_out]
         callbacks += [ProgressBar(plan.iterations, model.rollouts)] if plan.shows else []
         callbacks += [plan.callback] if plan.callback else []
-        remaining = plan.iterations * plan.num_envs * plan.num_steps - model.num_timesteps
-        model.learn(remaining, callback=callbacks, reset_num_timesteps=not resumed)
+        remaining = plan.iterations - model.rollouts
+        model.learn(
+            remaining * plan.num_envs * plan.num_steps,
+            callback=callbacks,
+            reset_num_timesteps=not resumed,
+        )
     head = policy.schedule_head
+    trajectories = model.rollouts * plan.num_envs
     return _Trained(
         student=model.student(),
         timesteps=grid if head is None else head.grid(),
         history=held_out.history,
-        spent=reinforcement.spent(model, plan.iterations * plan.num_envs),
+        spent=reinforcement.spent(model, trajectories),
+        trajectories=trajectories,
         model=model,
     )
 
@@ -417,7 +425,8 @@ def _train_other(
         on_iteration=judge,
         **aim,
     )
-    return _Trained(result.student, grid, history, result.ledger.evaluations)
+    trajectories = plan.iterations * plan.num_envs
+    return _Trained(result.student, grid, history, result.ledger.evaluations, trajectories)
 
 
 # ---- after training
@@ -441,7 +450,7 @@ def _report(
         **reporting.sizes(teacher.denoiser, trained.student),
         "timesteps": [float(t) for t in trained.timesteps[:-1]],
         "seed": plan.seed,
-        "trajectories": plan.iterations * plan.num_envs,
+        "trajectories": trained.trajectories,
         "network_evaluations": sum(ledger.values()),
         "ledger": ledger,
         "held_out": held_out,

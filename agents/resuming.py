@@ -122,8 +122,10 @@ def load_agent_state(model: ReDiFPPO, state: Mapping[str, Any]) -> None:
     base = env.env.unwrapped
     base.load_state_dict(state["env"])
     env._reset_seeds()  # what `learn` would otherwise reset with
-    model._last_obs = mdp.observation(base.process, base.state)  # type: ignore[assignment]
-    model._last_episode_starts = state["episode_starts"].to(model.device)
+    starts = state["episode_starts"]
+    if starts is not None:  # else training was stopped inside an episode, and `learn` resets
+        model._last_obs = mdp.observation(base.process, base.state)  # type: ignore[assignment]
+        model._last_episode_starts = starts.to(model.device)
     model.ep_info_buffer = deque(state["episodes"], maxlen=model._stats_window_size)
     model.ep_success_buffer = deque(maxlen=model._stats_window_size)  # there is no success
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from small_world import ITERATION, weights
+from stable_baselines3.common.callbacks import BaseCallback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agents.callbacks import HeldOutEvaluation, IterationCallback, ProgressBar
@@ -30,6 +31,24 @@ def test_iterations_are_counted_from_the_start_and_the_end_is_included(make_mode
     counter = Counter(every)
     make_model().learn(5 * ITERATION, callback=counter)
     assert counter.calls == calls
+
+
+def test_an_iteration_between_two_calls_of_learn_is_called_once(make_model):
+    model, counter = make_model(), Counter(2)
+    model.learn(2 * ITERATION, callback=counter)
+    model.learn(2 * ITERATION, callback=counter, reset_num_timesteps=False)
+    assert counter.calls == [0, 2, 4]
+
+
+def test_a_rollout_that_is_stopped_is_no_iteration(make_model):
+    class Stop(BaseCallback):
+        def _on_step(self) -> bool:
+            return self.n_calls < 2 * 3 + 2  # in the middle of the third
+
+    model, counter = make_model(), Counter(2)
+    model.learn(5 * ITERATION, callback=[counter, Stop()])
+    assert counter.iteration == model.rollouts == 2
+    assert counter.calls == [0, 2]
 
 
 @pytest.mark.parametrize("every", [0, -1, 1.5, "often"])

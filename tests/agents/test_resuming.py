@@ -18,7 +18,7 @@ import pytest
 import small_runs
 import torch
 from filelock import FileLock
-from small_runs import At, Killed, die
+from small_runs import OPTIONS, At, Killed, die
 from small_world import ITERATION
 from stable_baselines3.common.callbacks import BaseCallback
 from test_checkpoints import same
@@ -243,6 +243,26 @@ def test_a_signal_finishes_the_iteration_saves_and_exits(
     assert not (out / "student").exists()
     result = resume(teacher_folder, out, checkpoint_every=5, progress=True)
     assert_same_run(result, out, straight)
+
+
+class Stop(BaseCallback):
+    """Stops the first `learn` in the last step of the third rollout."""
+
+    def _on_step(self) -> bool:
+        return self.n_calls != 3 * OPTIONS["num_steps"]
+
+
+def test_a_run_that_a_callback_stops_says_so_and_can_be_resumed(teacher_folder, tmp_path):
+    out = tmp_path / "run"
+    stopped = small_runs.run(teacher_folder, out, callback=Stop())
+    assert stopped.report["trajectories"] == 2 * OPTIONS["num_envs"]
+    assert [entry["iteration"] for entry in stopped.report["history"]] == [0, 2]
+    assert Checkpoints(out / "checkpoints").iterations() == [2]
+    again = small_runs.run(teacher_folder, out, callback=Stop(), resume=True)  # in the fifth
+    assert again.report["trajectories"] == 4 * OPTIONS["num_envs"]
+    whole = small_runs.run(teacher_folder, out, callback=Stop(), resume=True)
+    assert whole.report["trajectories"] == 6 * OPTIONS["num_envs"]
+    assert [entry["iteration"] for entry in whole.report["history"]] == [0, 2, 4, 6]
 
 
 @pytest.fixture
