@@ -16,6 +16,7 @@ from redif_env.errors import InvalidArgumentError
 from redif_env.schedule_env import ReDiFScheduleVectorEnv
 from redif_env.vector_env import ReDiFVectorEnv
 
+from . import wiring
 from .divergences import check_divergence
 
 # What a policy other than StudentPolicy is trained with: Stable-Baselines3's PPO.
@@ -79,6 +80,32 @@ def check_generic_policy(agent: Any) -> None:
             raise InvalidArgumentError(
                 name, getattr(agent, name), f"pass {wanted!r}: only StudentPolicy takes others."
             )
+
+
+def check_buffer_kwargs(agent: Any, given: Mapping[str, Any]) -> None:
+    """What the buffer has from the agent is for the agent to say."""
+    for name in given.keys() & wiring.buffer_options(agent).keys():
+        raise InvalidArgumentError(
+            "rollout_buffer_kwargs", given, f"pass {name} to ReDiFPPO itself."
+        )
+
+
+def check_policy(agent: Any) -> None:
+    """A policy that is loaded has the parts that its agent's options need."""
+    given, wanted = agent.policy_kwargs, wiring.policy_options(agent)
+    remedy = "the policy was made without: make a new agent, and load_student into its policy."
+    if wanted["critic"] and not given["critic"]:
+        raise InvalidArgumentError(
+            "advantage", agent.advantage, f"it needs a critic, which {remedy}"
+        )
+    if wanted["critic"] and given["critic_map"] != wanted["critic_map"]:
+        raise InvalidArgumentError(
+            "credit", agent.credit, f"it needs another critic, which {remedy}"
+        )
+    if wanted["reference"] and not given["reference"]:
+        raise InvalidArgumentError(
+            "divergence", agent.divergence, f"it needs a reference, which {remedy}"
+        )
 
 
 def check_process(base: Any) -> None:

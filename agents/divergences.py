@@ -249,6 +249,17 @@ class AdaptiveCoefficient:
         return self.coefficient
 
 
+def adapting(
+    before: AdaptiveCoefficient | None, target: float | None, coefficient: float = 1.0
+) -> AdaptiveCoefficient | None:
+    """`before` where it has this target, else a new one; None without a target."""
+    if target is None:
+        return None
+    if before is not None and before.target == target:
+        return before
+    return AdaptiveCoefficient(target, coefficient)
+
+
 def _standardised(new: Gaussian, ref: Gaussian) -> tuple[Tensor, Tensor]:
     """The gap in units of `ref`'s std, and the ratio of stds, in float32 at least."""
     dtype = torch.promote_types(new.mean.dtype, torch.float32)

@@ -22,6 +22,11 @@ CREDITS = ("local", "global")
 STOCHASTIC_STEPS = ("all", "one")
 SHARES = ("gamma", "gae_lambda")
 OPTIONAL = ("target_kl", "divergence_target", "clip_range_vf")
+NUMBERS = (
+    *("learning_rate", "clip_range", "eta", "min_std", "ent_coef", "vf_coef", "max_grad_norm"),
+    *SHARES,
+    *OPTIONAL,
+)
 
 Check = Callable[[str, Any], Any]  # of a name and a value; returns the value
 
@@ -43,6 +48,13 @@ def check_numbers(options: Mapping[str, Any], seed: object) -> None:
         check_number(name, value, -1e30 if name == "ent_coef" else 0, 1 if name in SHARES else 1e30)
     if seed is not None and check_integer("seed", seed, 0) >= 2**32:
         raise InvalidArgumentError("seed", seed, "pass one below 2**32.")
+
+
+def check_again(agent: Any) -> None:
+    """Check the attributes of an agent: `load` assigns what it is given over what was saved."""
+    for name in CHECKS:
+        setattr(agent, name, check(name, getattr(agent, name)))
+    check_numbers({name: getattr(agent, name) for name in NUMBERS}, agent.seed)
 
 
 def _one_of(*choices: str) -> Check:

@@ -38,13 +38,13 @@ from . import (
 from .advantages import batch_relative
 from .buffers import TorchRolloutBuffer
 from .choices import ScheduleHead
-from .divergences import AdaptiveCoefficient
+from .divergences import AdaptiveCoefficient, adapting
 from .exploration import GAP_FRACTION, at
 from .guards import RatioError, TrainingDivergedError, check_ratio, check_skipped
 from .lora import merge
 from .minibatch import Evaluation
 from .objective import Objective
-from .options import check, check_numbers
+from .options import NUMBERS, check, check_again, check_numbers
 from .policies import StudentPolicy, copy_of_teacher
 from .saving import TrainingState
 from .schedule_learning import ChoiceRollout
@@ -130,6 +130,9 @@ class ReDiFPPO(PPO):
         rollout_buffer_class, rollout_buffer_kwargs, stats_window_size, tensorboard_log, verbose,
         seed, device: as in Stable-Baselines3; the device defaults to the environment's.
 
+    `load` takes other values of all but `policy` and `policy_kwargs`, unless they need a critic or
+    a reference that the saved policy lacks.
+
     Attributes:
         rows_trained: States that the student's gradients were computed for since construction;
             transitions of a group that start in one state count once.
@@ -197,6 +200,7 @@ class ReDiFPPO(PPO):
         device: torch.device | str = "auto",
         _init_setup_model: bool = True,
     ) -> None:
+        given = dict(locals())
         grouped = advantage == "group"
         if stochastic_steps is None:
             stochastic_steps = "one" if grouped else "all"
@@ -229,23 +233,7 @@ class ReDiFPPO(PPO):
         n_steps = check("n_steps", n_steps)
         batch_size = check("batch_size", batch_size)
         n_epochs = check("n_epochs", n_epochs)
-        check_numbers(
-            {
-                "learning_rate": learning_rate,
-                "clip_range": clip_range,
-                "eta": eta,
-                "min_std": min_std,
-                "gamma": gamma,
-                "gae_lambda": gae_lambda,
-                "ent_coef": ent_coef,
-                "vf_coef": vf_coef,
-                "max_grad_norm": max_grad_norm,
-                "target_kl": target_kl,
-                "divergence_target": divergence_target,
-                "clip_range_vf": clip_range_vf,
-            },
-            seed,
-        )
+        check_numbers({name: given[name] for name in NUMBERS}, seed)
         if not parallel.is_main():
             verbose, tensorboard_log = 0, None
         if env is not None and not isinstance(env, str):
@@ -279,17 +267,16 @@ class ReDiFPPO(PPO):
             device=device,
             _init_setup_model=False,
         )
+        if native is not None:
+            compatibility.check_buffer_kwargs(self, rollout_buffer_kwargs or {})
         if _init_setup_model:
             self._setup_model()
 
     def _start_counting(self) -> None:
         """What changes while training, as it is before."""
-        target = self.divergence_target
-        self.adaptive_coef = (
-            None if target is None else AdaptiveCoefficient(target, self.divergence_coef)
-        )
+        self.adaptive_coef: AdaptiveCoefficient | None = None
         # The learning rate is divided by a coefficient that grows while the KL is too large.
-        self.lr_divisor = AdaptiveCoefficient(self.target_kl or 1.0) if self.adaptive_lr else None
+        self.lr_divisor: AdaptiveCoefficient | None = None
         self.training_state = TrainingState()
         self.rollouts = 0
         self.rows_trained = 0
@@ -331,9 +318,16 @@ class ReDiFPPO(PPO):
 
     def _setup_model(self) -> None:
         """As in Stable-Baselines3; at construction and in `load`."""
+        check_again(self)
+        compatibility.check_options(self)
+        coef, rate_target = self.divergence_coef, self.target_kl if self.adaptive_lr else None
+        self.adaptive_coef = adapting(self.adaptive_coef, self.divergence_target, coef)
+        self.lr_divisor = adapting(self.lr_divisor, rate_target)
         self._copies_teacher = False
         if self.env is not None:
             self._configure()
+        elif self.rollout_buffer_class is TorchRolloutBuffer:  # loaded; `set_env` knows the rest
+            self.rollout_buffer_kwargs.update(wiring.buffer_options(self))
         super()._setup_model()
         self._check_student()
         if isinstance(self.policy, StudentPolicy) and self.micro_batch_size is not None:
@@ -352,8 +346,8 @@ class ReDiFPPO(PPO):
             self.env = before
             raise
         if isinstance(self.rollout_buffer, TorchRolloutBuffer) and self.trains_student:
-            self.rollout_buffer.group_size = self.rollout_buffer_kwargs["group_size"]
-            self.rollout_buffer.action_bound = self.rollout_buffer_kwargs["action_bound"]
+            for name in ("group_size", "action_bound", "shares_states"):
+                setattr(self.rollout_buffer, name, self.rollout_buffer_kwargs[name])
             self.rollout_buffer.forget_tasks(self.rollout_buffer_kwargs["num_tasks"])
 
     def _configure(self) -> None:
@@ -378,7 +372,7 @@ class ReDiFPPO(PPO):
         if env is None:
             return
         self.rollout_buffer_class = TorchRolloutBuffer
-        self.rollout_buffer_kwargs = {**wiring.buffer_options(self), **self.rollout_buffer_kwargs}
+        self.rollout_buffer_kwargs = {**self.rollout_buffer_kwargs, **wiring.buffer_options(self)}
         if self.trains_student:
             self._configure_student(env.env)
 
@@ -388,6 +382,7 @@ class ReDiFPPO(PPO):
         if not isinstance(base, ReDiFVectorEnv):
             self.trained = self.trained or "student"
             self.policy_kwargs = {**wiring.policy_options(self), **self.policy_kwargs}
+            compatibility.check_policy(self)
             return
         free = base.timesteps is None
         self.trained = self.trained or ("both" if free else "student")
@@ -400,6 +395,7 @@ class ReDiFPPO(PPO):
         if self._copies_teacher:
             defaults["student"] = copy_of_teacher(base.teacher, base.guidance_scale)
         self.policy_kwargs = {**defaults, **self.policy_kwargs}
+        compatibility.check_policy(self)
         if free:
             self.policy_kwargs["schedule_head"] = wiring.head_options(self, base)
         self.rollout_buffer_kwargs.update(wiring.episode_options(self, env))

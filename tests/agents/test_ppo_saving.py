@@ -62,6 +62,69 @@ def test_save_and_load_give_the_same_agent(make_env, make_model, tmp_path):
     assert not torch.equal(weights(loaded), weights(model))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"credit": "global"},
+        {"local_weight": 0.5},
+        {"local_radius": 1},
+        {"advantage_clip": 0.5},
+        {"stochastic_steps": "all"},
+        {"advantage": "batch", "n_steps": 6},
+        {"target_kl": 1e-4, "adaptive_lr": True},
+    ],
+)
+def test_options_of_load_are_those_of_an_agent_made_with_them(
+    make_env, make_model, tmp_path, options
+):
+    path = tmp_path / "agent"
+    make_model().save(path)
+
+    def learned(model):
+        torch.manual_seed(0)
+        return weights(model.learn(4 * ITERATION))
+
+    made = make_model(antithetic=True, **{"stochastic_steps": "one", **options})
+    made.set_parameters(path)
+    late = ReDiFPPO.load(path, **options)
+    late.set_env(make_env())
+    expected = learned(made)
+    assert torch.equal(learned(ReDiFPPO.load(path, env=make_env(), **options)), expected)
+    assert torch.equal(learned(late), expected)
+    assert not torch.equal(learned(ReDiFPPO.load(path, env=make_env())), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("advantage", "best"),
+        ("n_steps", 4),
+        ("gamma", 2.0),
+        ("batch_size", 1.5),
+        ("adaptive_lr", True),
+        ("divergence", "kl"),
+    ],
+)
+def test_bad_options_of_load_are_refused(make_env, make_model, tmp_path, name, value):
+    make_model().save(tmp_path / "agent")
+    with pytest.raises(InvalidArgumentError, match=name):
+        ReDiFPPO.load(tmp_path / "agent", env=make_env(), **{name: value})
+
+
+def test_a_critic_that_was_not_made_is_refused_by_load(make_env, make_model, tmp_path):
+    make_model(antithetic=False).save(tmp_path / "without")
+    with pytest.raises(InvalidArgumentError, match="critic"):
+        ReDiFPPO.load(tmp_path / "without", env=make_env(), advantage="gae")
+    make_model(advantage="gae").save(tmp_path / "map")
+    with pytest.raises(InvalidArgumentError, match="critic"):
+        ReDiFPPO.load(tmp_path / "map", env=make_env(), credit="global")
+
+
+def test_the_buffer_takes_no_option_of_the_agent(make_model):
+    with pytest.raises(InvalidArgumentError, match="pass advantage_clip to ReDiFPPO"):
+        make_model(rollout_buffer_kwargs={"advantage_clip": 1.0})
+
+
 def test_a_saved_agent_holds_only_plain_data_beside_its_weights(make_model, tmp_path):
     model = make_model().learn(ITERATION)
     assert not contains_module(model.policy_kwargs)
