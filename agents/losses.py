@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 RATIOS = ("element", "mean", "sum")
+MAX_LOG_RATIO = 80.0  # exp() of more than 88 is infinite in float32
 
 
 def reduce_log_ratio(log_ratio_map: Tensor, ratio: str) -> Tensor:
@@ -35,7 +36,8 @@ def surrogate(
     .. math:: -\frac1B \sum_b w_b \sum_d
         \min(\rho_{bd} A_{bd}, \mathrm{clip}(\rho_{bd}) A_{bd})
 
-    At ratio 1 its gradient is that of the joint objective, for any number of elements.
+    At ratio 1 its gradient is that of the joint objective, for any number of elements. It has none
+    for log-ratios above `MAX_LOG_RATIO`, whatever the sign of the advantage.
 
     Args:
         log_ratio: `(B, E)`, from `reduce_log_ratio`.
@@ -43,7 +45,8 @@ def surrogate(
         clip_range: Half-width of the interval around 1 that ratios are clipped to.
         weights: Of the rows, `(B,)`; None: 1 each.
     """
-    ratio = log_ratio.exp()
+    # An infinite ratio times the clip's gradient of 0 would be NaN, for all of the minibatch.
+    ratio = log_ratio.clamp(max=MAX_LOG_RATIO).exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     rows = torch.min(ratio * advantages, clipped * advantages).sum(1)
     return -(rows if weights is None else weights * rows).mean()

@@ -91,6 +91,14 @@ def test_clipping_acts_only_outside_and_only_on_gains(ratio, advantage, slope):
     assert log_ratio.grad.item() == pytest.approx(slope, abs=1e-6)
 
 
+@pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
+def test_a_ratio_that_overflows_has_no_gradient_and_spoils_no_other(advantage):
+    log_ratio = torch.tensor([[100.0], [0.0], [0.0]], requires_grad=True)
+    advantages = torch.tensor([[advantage], [1.0], [-1.0]])
+    surrogate(log_ratio, advantages, 0.2).backward()
+    assert log_ratio.grad.flatten().tolist() == pytest.approx([0, -1 / 3, 1 / 3])
+
+
 def test_surrogate_sums_over_elements_and_averages_over_rows():
     log_ratio = torch.tensor([[1.1, 0.9], [1.5, 1.0]]).log()
     advantages = torch.tensor([[1.0, 2.0], [3.0, -1.0]])
