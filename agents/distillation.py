@@ -60,7 +60,7 @@ class Distillation:
     """What `distill` returns.
 
     Attributes:
-        student: The averaged student, in evaluation mode.
+        student: The averaged student, in evaluation mode; a copy, that training on does not change.
         timesteps: Its grid, float32 `(num_steps + 1,)`.
         report: What `summary.json` holds.
         model: The agent, to go on training with; None for another method than PPO.
@@ -379,7 +379,7 @@ def _train_ppo(
     head = policy.schedule_head
     trajectories = model.rollouts * plan.num_envs
     return _Trained(
-        student=model.student(),
+        student=copy.deepcopy(model.student()),
         timesteps=grid if head is None else head.grid(),
         history=held_out.history,
         spent=reinforcement.spent(model, trajectories),

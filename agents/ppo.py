@@ -593,7 +593,10 @@ class ReDiFPPO(PPO):
             self.divergence_coef = self.adaptive_coef.coefficient
 
     def student(self) -> Any:
-        """The averaged student: a `Denoiser`, in evaluation mode, its adapters merged if any."""
+        """The averaged student: a `Denoiser`, in evaluation mode, its adapters merged if any.
+
+        Without adapters it may be the agent's own, which training on changes: copy what is to stay.
+        """
         return merge(self.policy.averaged())  # type: ignore[operator]
 
     def _train_epoch(

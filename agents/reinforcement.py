@@ -133,7 +133,8 @@ def train(
             at most as many as `grid`. A step should have a `step_cost` then.
         reward: Without a map credit is global. Terms that are trained are, after every rollout.
         seed: Of training.
-        on_iteration: Called with the iterations done and the averaged student.
+        on_iteration: Called with the iterations done and the averaged student, see
+            `ReDiFPPO.student`.
         changes: To the recipe: `group_size`, `step_cost`, `solver_order`, `decay`,
             `exploration_mean`, `exploration_noise`, `exploration_unit`, `learn_std`,
             `schedule_lr_scale`, and arguments of `ReDiFPPO`.

@@ -75,7 +75,11 @@ def test_the_student_is_ready_to_use(run):
     assert result.timesteps.shape == (3,)
     assert result.timesteps[-1] == 0
     assert not result.student.training
-    assert result.student is result.model.student()
+    own = result.model.student()
+    assert torch.equal(weights(result.student), weights(own))
+    # but training on with the agent does not move the result
+    ours, theirs = (next(each.network.parameters()) for each in (result.student, own))
+    assert ours.data_ptr() != theirs.data_ptr()
     assert not torch.equal(weights(result.student), weights(new_teacher().denoiser))
 
 
