@@ -10,6 +10,8 @@ import torch
 from redif_env.errors import InvalidArgumentError
 from redif_env.rewards import OnlineReward
 
+from .checkpoints import pack
+
 
 class TrainingState:
     """The online terms of the environment's reward, and the order of minibatches.
@@ -27,8 +29,10 @@ class TrainingState:
         """Name what is saved from here on; gives the terms the state that waited for them.
 
         Raises:
-            InvalidArgumentError: if that is the state of other terms.
+            InvalidArgumentError: if that is the state of other terms, or theirs can not be saved.
         """
+        for term in terms:
+            _check_state(term)
         self.order = order
         if terms and self._waiting:
             _load(terms, self._waiting)
@@ -50,6 +54,19 @@ class TrainingState:
         both = self.order is not None and order is not None
         if both and len(order) == len(self.order.get_state()):  # type: ignore[union-attr]
             self.order.set_state(order.cpu())  # type: ignore[union-attr]
+
+
+def _check_state(term: OnlineReward) -> None:
+    """Refuse what checkpoints and `load` would not take, before anything is trained."""
+    try:
+        pack(term.state_dict())
+    except TypeError as error:
+        raise InvalidArgumentError(
+            "reward",
+            term.name,
+            f"its state_dict() must hold tensors, plain numbers and text alone ({error}): convert "
+            "numbers of numpy with float(), arrays with torch.as_tensor().",
+        ) from error
 
 
 def _key(index: int, term: OnlineReward) -> str:

@@ -31,7 +31,10 @@ class OnlineReward(Reward):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """All that `update` changes, on the host, for `torch.save`."""
+        """All that `update` changes: tensors on the host, numbers and text, in dicts and lists.
+
+        Plain ones, not of numpy: checkpoints hold no pickles.
+        """
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from small_world import ITERATION, weights
@@ -11,7 +12,7 @@ from agents import ReDiFPPO
 from agents.online import UpdateReward
 from redif_env import MSE
 from redif_env.errors import InvalidArgumentError
-from redif_env.rewards import Discriminator, EnergyDistance
+from redif_env.rewards import Discriminator, EnergyDistance, OnlineReward
 
 SHAPE = (1, 8, 8)
 REWARDS = {
@@ -78,6 +79,42 @@ def test_an_agent_saved_without_the_state_of_a_reward_still_loads(make_env, make
     assert after["updates"] == before["updates"] == 2
     for name, value in before["network"].items():
         assert torch.equal(after["network"][name], value)
+
+
+class Best(OnlineReward):
+    """Remembers something of the kind that it is told."""
+
+    name, has_map, over_batch = "best", False, False
+
+    def __init__(self, best) -> None:
+        self.best = best
+
+    def __call__(self, x_0, teacher_x_0, condition):
+        return -(x_0 - teacher_x_0).square().flatten(1).mean(1)
+
+    def update(self, x_0, teacher_x_0, condition):
+        return {}
+
+    def state_dict(self):
+        return {"of": [self.best, "all"]}
+
+    def load_state_dict(self, state) -> None:
+        self.best = state["of"][0]
+
+
+@pytest.mark.parametrize("best", [np.float64(0.5), np.zeros(2)])
+def test_a_reward_whose_state_can_not_be_saved_is_refused(make_env, make_model, best):
+    with pytest.raises(InvalidArgumentError, match=r"'best'.*plain numbers"):
+        make_model(make_env(reward=Best(best)), credit="global")
+
+
+@pytest.mark.parametrize("best", [0.5, torch.ones(2), None])
+def test_a_plain_state_is_saved(make_env, make_model, tmp_path, best):
+    make_model(make_env(reward=Best(best)), credit="global").save(tmp_path / "agent")
+    reward = Best(0)
+    ReDiFPPO.load(tmp_path / "agent", env=make_env(reward=reward))
+    assert torch.is_tensor(best) == torch.is_tensor(reward.best)
+    assert reward.best is best or torch.equal(torch.as_tensor(reward.best), torch.as_tensor(best))
 
 
 def test_a_plain_reward_may_follow_a_trained_one(make_env, make_model, tmp_path):
