@@ -123,8 +123,8 @@ def check_number(
     argument: str, value: object, minimum: float = 0.0, maximum: float = float("inf")
 ) -> float:
     """Return `value` as a finite float in [minimum, maximum], or raise `InvalidArgumentError`."""
-    try:
-        number = float(value)  # type: ignore[arg-type]
+    try:  # not of text: callers may go on with the value as they were given it
+        number = float("nan") if isinstance(value, str | bytes) else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError, OverflowError):
         number = float("nan")
     if not minimum <= number <= maximum or number == float("inf"):

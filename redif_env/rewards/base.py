@@ -405,4 +405,8 @@ def _parse_term(term: str) -> tuple[float, Reward]:
     reward = _REGISTRY[name.strip()]()
     if not isinstance(reward, Reward):
         raise InvalidArgumentError("reward", reward, f"{name.strip()!r} is to make a Reward.")
-    return _check_weight(weight or 1.0), reward
+    try:
+        number: object = float(weight or 1.0)
+    except ValueError:
+        number = weight
+    return _check_weight(number), reward

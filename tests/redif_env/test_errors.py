@@ -23,7 +23,7 @@ def test_long_values_are_cut():
     assert len(str(InvalidArgumentError("x", "y" * 1000, "shorten it."))) < 230
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.1, 1.1, "a", None])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.1, 1.1, "a", "0.5", b"0.5", None])
 def test_numbers_outside_the_interval_are_refused(value):
     with pytest.raises(InvalidArgumentError, match="eta"):
         check_number("eta", value, 0, 1)
