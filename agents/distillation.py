@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import configure
+from stable_baselines3.common.type_aliases import MaybeCallback
 from torch import Tensor
 
 from redif_env import parallel, schedules
 from redif_env.denoiser import Denoiser
-from redif_env.errors import check_choice
+from redif_env.errors import InvalidArgumentError, check_choice
 from redif_env.loading import load_teacher
 from redif_env.rewards import Reward, make_reward
 from redif_env.teacher import Teacher, TeacherBank
@@ -132,7 +132,7 @@ def distill(
     checkpoint_every: int | None = 10,
     resume: bool = False,
     progress: bool = False,
-    callback: BaseCallback | None = None,
+    callback: MaybeCallback = None,
 ) -> Distillation:
     """Distil a teacher into a student of `num_steps` steps, and judge it on held-out noise.
 
@@ -202,7 +202,8 @@ def distill(
             `docs/checkpoints.md`; all arguments but `checkpoint_every` and `progress` must be the
             same. A callback of one's own starts anew.
         progress: Show progress bars.
-        callback: A further Stable-Baselines3 callback.
+        callback: A further Stable-Baselines3 callback, a list of them, or a function as `learn` of
+            Stable-Baselines3 takes.
 
     Raises:
         InvalidArgumentError: for an argument that makes no sense, before anything is written.
@@ -283,6 +284,10 @@ def _join_processes(teacher: str | Path | Teacher, device: str | None, plan: Pla
 def _as_teacher(teacher: str | Path | Teacher, device: str | None) -> Teacher:
     if isinstance(teacher, Teacher):
         return teacher if device is None else teacher.to(device)
+    if not isinstance(teacher, str | Path):
+        raise InvalidArgumentError(
+            "teacher", teacher, "pass a folder, a name, or a Teacher: load_teacher(...) makes one."
+        )
     return load_teacher(teacher, device=device or "cpu")
 
 

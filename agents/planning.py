@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback
+from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.utils import LinearSchedule
 from torch import Tensor
 
@@ -115,7 +116,7 @@ class Options:
         return reinforcement.make_model(teacher, num_envs, grid, learned, bank, self.env, agent)
 
 
-def check_arguments(given: Mapping[str, Any], callback: BaseCallback | None) -> Plan:
+def check_arguments(given: Mapping[str, Any], callback: MaybeCallback) -> Plan:
     """Refuse arguments that make no sense whatever the teacher is.
 
     Args:
@@ -147,13 +148,26 @@ def check_arguments(given: Mapping[str, Any], callback: BaseCallback | None) -> 
         seed=given["seed"],
         resume=given["resume"],
         progress=given["progress"],
-        callback=callback,
+        callback=_as_callback(callback),
     )
     order = check_order(given["solver_order"])
     if plan.method != PPO:
         _refuse_ppo_arguments(plan.method, {**given, "callback": callback})
         METHODS[plan.method].check_order(order)
     return plan
+
+
+def _as_callback(callback: MaybeCallback) -> BaseCallback | None:
+    """One callback of what Stable-Baselines3 takes for one."""
+    if callback is None or isinstance(callback, BaseCallback):
+        return callback
+    if isinstance(callback, list) and all(isinstance(each, BaseCallback) for each in callback):
+        return CallbackList(callback)
+    if callable(callback):
+        return ConvertCallback(callback)
+    raise InvalidArgumentError(
+        "callback", callback, "pass a callback of Stable-Baselines3, a list of them, or a function."
+    )
 
 
 def _refuse_ppo_arguments(method: str, arguments: Mapping[str, Any]) -> None:

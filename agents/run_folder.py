@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,18 +46,33 @@ def check_out(out: str | Path | None, resume: bool) -> Path | None:
     """The folder to write to, which a new run makes and a resumed one has.
 
     Raises:
-        InvalidArgumentError: if there is one, or if there is none to resume.
+        InvalidArgumentError: if there is one, if there is none to resume, or if none can be made.
     """
     if out is None:
         if resume:
             raise InvalidArgumentError("resume", True, "pass out, the folder of the run.")
         return None
+    folder = Path(out)
     # Only the first process needs the folder: nodes need not share a disk.
-    if resume and parallel.rank_of_launcher() == 0 and not Path(out).is_dir():
+    first = parallel.rank_of_launcher() == 0
+    if resume and first and not folder.is_dir():
         raise RunFolderError("out", str(out), "it is no folder: leave out resume.")
-    if not resume and Path(out).exists():
+    if not resume and folder.exists():
         raise InvalidArgumentError("out", str(out), "it exists; choose another name or remove it.")
-    return Path(out)
+    if not resume and first:
+        _check_writable(folder)
+    return folder
+
+
+def _check_writable(folder: Path) -> None:
+    """Refuse, before hours of work, a folder that can not be made after them."""
+    parent = next(each for each in folder.absolute().parents if each.exists())
+    try:
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        raise InvalidArgumentError(
+            "out", str(folder), f"choose one in a folder that can be written to ({error})."
+        ) from error
 
 
 def find_base(teacher: Teacher) -> Path | None:

@@ -288,6 +288,25 @@ def test_without_out_nothing_is_written_and_callbacks_are_called(tmp_path, monke
     assert not list(tmp_path.iterdir())
 
 
+def test_callbacks_may_be_what_stable_baselines_takes_for_one():
+    seen = []
+    rollouts = CountRollouts()
+    one_step(callback=[rollouts, CountRollouts()])
+    assert rollouts.count == SMALL["iterations"]
+    one_step(callback=lambda variables, _: seen.append(variables["self"].num_timesteps) or True)
+    assert seen == [16, 32]
+
+
+@pytest.mark.parametrize("path", ["file/run", "file/deep/run", "/proc/nowhere/run"])
+def test_a_folder_that_can_not_be_made_is_refused_before_anything_is_computed(tmp_path, path):
+    (tmp_path / "file").touch()
+    teacher = new_teacher()
+    with pytest.raises(InvalidArgumentError, match="written to") as caught:
+        distill(teacher, **SMALL, out=tmp_path / path)
+    assert caught.value.argument == "out"
+    assert teacher.denoiser.network_evaluations == 0
+
+
 def test_an_existing_folder_is_refused_before_anything_is_computed(tmp_path):
     teacher = new_teacher()
     with pytest.raises(InvalidArgumentError, match="exists") as caught:
@@ -321,6 +340,9 @@ def test_an_existing_folder_is_refused_before_anything_is_computed(tmp_path):
         ("schedule", "free"),
         ("reward", "beauty"),
         ("stochastic_steps", "two"),
+        ("callback", 3),
+        ("callback", [CountRollouts(), 3]),
+        ("min_std", "0.1"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_written(tmp_path, name, value):
@@ -346,6 +368,12 @@ def test_a_missing_teacher_is_a_typed_error(tmp_path):
     with pytest.raises(TeacherFolderError, match="nowhere"):
         distill(tmp_path / "nowhere", **SMALL, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("teacher", [3, None])
+def test_what_is_no_teacher_is_a_typed_error(teacher):
+    with pytest.raises(InvalidArgumentError, match="teacher"):
+        distill(teacher, **SMALL)
 
 
 def test_next_free_names_the_first_folder_that_does_not_exist(tmp_path):
