@@ -128,7 +128,9 @@ class ReDiFPPO(PPO):
         policy_kwargs: For the policy. With `StudentPolicy`, `student` and `timesteps` default to
             the environment's teacher and grid.
         rollout_buffer_class, rollout_buffer_kwargs, stats_window_size, tensorboard_log, verbose,
-        seed, device: as in Stable-Baselines3; the device defaults to the environment's.
+        seed, device: as in Stable-Baselines3; the device defaults to the environment's. On a
+            `TorchVecEnv` means of episodes are those of the last rollout that ended some, whatever
+            `stats_window_size` is.
 
     `load` takes other values of all but `policy` and `policy_kwargs`, unless they need a critic or
     a reference that the saved policy lacks.

@@ -249,11 +249,10 @@ class _Follower(IterationCallback):
         model: Any = self.model
         self.ledger.seconds += time.monotonic() - self.started
         if self.iteration:
-            rewards = [episode["r"] for episode in model.ep_info_buffer]
             self.history.append(
                 {
                     "iteration": self.iteration,
-                    "loss": -sum(rewards) / len(rewards),
+                    "loss": -model.ep_info_buffer[-1]["r"],
                     "network_evaluations": spent(model, self.iteration * self.num_envs).total(),
                 }
             )

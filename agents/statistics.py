@@ -44,11 +44,15 @@ class EpisodeStatistics:
         self.sums = sums if self.sums is None else self.sums + sums
 
     def record(self, buffer: Any, logger: Logger) -> None:
-        """Append the means to Stable-Baselines3's episode buffer, and log the reward's terms."""
+        """Leave the means alone in Stable-Baselines3's episode buffer; log the reward's terms.
+
+        Its log is of the mean over the buffer: of this iteration then, not of a hundred.
+        """
         count, *sums = [0.0] if self.sums is None else parallel.total(self.sums).tolist()
         if not count:
             return
         returns, length, *terms = (part / count for part in sums)
+        buffer.clear()
         buffer.append({"r": returns, "l": length, "t": time.monotonic() - self.started})
         for name, mean in zip(self.terms, terms, strict=True):
             logger.record(f"rollout/reward/{name}", mean)
