@@ -29,7 +29,9 @@ class Evaluation(NamedTuple):
         values: The critic's, `(B,)` or `(B, D)`, or None.
         entropy: `(B,)`, or None where nothing can change it.
         gaussian: What a student explores with now, or None for other policies.
-        reference: What the student that training started from would explore with, or None.
+        reference: What the student that training started from would explore with, given the std of
+            the rollout, or None: of the start's own a learned std may differ by so much that the
+            chi-square divergence is infinite.
     """
 
     log_ratio: Tensor

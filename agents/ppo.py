@@ -121,7 +121,9 @@ class ReDiFPPO(PPO):
         adaptive_lr: Whether to divide or multiply the learning rate by 1.5 after an iteration whose
             KL was more than 1.5 times, or less than two thirds of, `target_kl`.
         divergence: Penalise this divergence of the student's steps from those of the student that
-            training started from: one of `divergences.DIVERGENCES`; None for none.
+            training started from: one of `divergences.DIVERGENCES`; None for none. It is their
+            means that are held: both explore with the std of the moment, so that a learned std may
+            drift (only its change within an iteration is penalised).
         divergence_coef: The penalty's coefficient; its initial value with a target.
         divergence_alpha: Order of `"renyi"` and `"power"`.
         divergence_target: Adapt the coefficient so that the divergence an element stays near this.
