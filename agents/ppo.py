@@ -615,11 +615,11 @@ class ReDiFPPO(PPO):
             if not history:
                 self._check_ratio(statistics["ratio_error"])
             history.append(statistics)
+            self.rows_trained += states
             if self.target_kl is not None and float(statistics["kl"]) > 1.5 * self.target_kl:
                 return False
             skipped = self.updates_skipped
             statistics.update(self._take_step(statistics["loss"]))
-            self.rows_trained += states
             if self.updates_skipped == skipped:
                 self.updates += 1
                 if isinstance(self.policy, StudentPolicy):

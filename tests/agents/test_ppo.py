@@ -260,6 +260,8 @@ def test_the_target_kl_stops_an_iteration(make_model):
     stopped.learn(ITERATION)
     assert free.rows_trained == 5 * ITERATION
     assert 0 < stopped.rows_trained < free.rows_trained
+    for model in (free, stopped):  # the minibatch that stops it counts: what is left is the rollout
+        assert model.policy.denoiser.network_evaluations - model.rows_trained == ITERATION
 
 
 def test_the_average_follows_each_update(make_model):
