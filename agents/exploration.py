@@ -23,16 +23,16 @@ def at(value: float | Schedule, progress_remaining: float) -> float:
     return float(value(progress_remaining)) if callable(value) else float(value)
 
 
-def in_window(step: int, first: Tensor, length: int, window: int | None) -> Tensor:
+def in_window(step: int, first: Tensor, length: int, window: int) -> Tensor:
     """The rows whose window of stochastic steps holds a step, bool `(N,)`.
 
     Args:
         step: Of the episode.
         first: Where each row's window begins, int64 `(N,)`.
         length: Steps of the episode; windows go on at its start.
-        window: Steps of a window; None: all.
+        window: Steps of a window.
     """
-    return (step - first) % length < (window or length)
+    return (step - first) % length < window
 
 
 def final_error(state: Any, ended: Tensor | None, before: Tensor | None) -> Tensor:

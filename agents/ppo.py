@@ -807,13 +807,14 @@ class ReDiFPPO(PPO):
 
     def _exploring_rows(self, buffer: TorchRolloutBuffer) -> Tensor | None:
         """The rows that explore in the current step, bool `(N,)`; None: all."""
-        exploring = None if self.window is None else self._rows_in_window(buffer)
+        window = self.window
+        exploring = None if window is None else self._rows_in_window(buffer, window)
         if buffer.student_rows == self.n_envs:
             return exploring
         student = self._row < buffer.student_rows
         return student if exploring is None else student & exploring
 
-    def _rows_in_window(self, buffer: TorchRolloutBuffer) -> Tensor:
+    def _rows_in_window(self, buffer: TorchRolloutBuffer, window: int) -> Tensor:
         """The rows whose window of stochastic steps holds the current one, bool `(N,)`."""
         length = buffer.episode_length
         step = buffer.pos % length
@@ -823,7 +824,7 @@ class ReDiFPPO(PPO):
             self._turns = draw_turns(groups, length, first, buffer.device)
             self._explored_step = self._turns.steps.repeat_interleave(buffer.group_size)
             buffer.add_explored_step(self._explored_step)
-        return exploration.in_window(step, self._explored_step, length, self.window)
+        return exploration.in_window(step, self._explored_step, length, window)
 
     def _shared_rows(self, buffer: TorchRolloutBuffer) -> Shared | None:
         """Which rows are in one state in the current step, see `sharing`."""
