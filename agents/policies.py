@@ -124,6 +124,9 @@ class StudentPolicy(ActorCriticPolicy):
         optimizer_class, optimizer_kwargs: as in Stable-Baselines3.
         use_sde: Must be False.
 
+    The three `..._lr_scale` are for `ReDiFPPO`: algorithms of Stable-Baselines3 give all parameters
+    one learning rate.
+
     Attributes:
         denoiser: The student that is trained; always in evaluation mode, so that dropout can not
             make rollout and update disagree.

@@ -902,6 +902,9 @@ class ReDiFPPO(PPO):
     def save(self, *args: Any, **kwargs: Any) -> None:
         """As in Stable-Baselines3; with the state of the reward, where it is trained too.
 
+        Without the running means of `advantage="task"`, which belong to the tasks of one bank: they
+        begin anew, as after `set_env`. The checkpoints of a run have them.
+
         Of several processes, which all have the same, the first one writes.
         """
         if not parallel.is_main():
