@@ -19,8 +19,9 @@ from diffusers import (
 )
 from torch import Tensor
 
+from redif_env import families
 from redif_env.adapters import EDMNetwork
-from redif_env.denoiser import Denoiser
+from redif_env.denoiser import Denoiser, call_network
 from redif_env.errors import InvalidArgumentError, TeacherFolderError, check_number
 from redif_env.files import replacing
 from redif_env.loading import (
@@ -243,21 +244,29 @@ def load_adaptive(folder: str | Path) -> AdaptivePipeline:
 def can_export(student: Denoiser) -> bool:
     """Whether diffusers has classes for a student's network and for its steps.
 
-    The network must be a diffusers model; on a `VPSchedule`, predicting eps, x_0 or v; or, with
-    steps of first order, on a `FlowSchedule`, predicting flow, or in an `EDMNetwork` on a
-    `VESchedule`.
+    The network must be a diffusers model, called as diffusers calls it; on a `VPSchedule`,
+    predicting eps, x_0 or v; or, with steps of first order, on a `FlowSchedule`, predicting flow,
+    or in an `EDMNetwork` on a `VESchedule`.
     """
     return _has_diffusers_network(student) and _scheduler_class(student) is not None
 
 
 def _has_diffusers_network(student: Denoiser) -> bool:
-    return hasattr(_diffusers_network(student), "save_pretrained")
+    """Whether diffusers alone can load the network, and calls it as the student does."""
+    network = _diffusers_network(student)
+    kind = type(network)
+    plain = call_network, families.NETWORKS.get(kind)
+    called = student.call in plain and (not _is_edm(student) or student.network.call in plain)
+    return called and getattr(diffusers, kind.__name__, None) is kind
 
 
 def _exportable(student: Denoiser) -> Denoiser:
     if not _has_diffusers_network(student):
         raise InvalidArgumentError(
-            "student", type(student.network).__name__, "only diffusers models can be exported."
+            "student",
+            type(student.network).__name__,
+            "only diffusers models, without a call= of one's own, can be exported: save "
+            "student.network.state_dict() instead.",
         )
     _find_scheduler_class(student)
     return merge(student)

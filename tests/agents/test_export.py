@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import subprocess
@@ -17,17 +18,26 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
+    ModelMixin,
     UNet2DModel,
 )
+from diffusers.configuration_utils import ConfigMixin, register_to_config
 from gymnasium import spaces
 from small_world import tell_apart
 from torch import nn
 
 from agents.choices import make_head
-from agents.export import export_adaptive, export_student, load_adaptive, make_scheduler, snippet
+from agents.export import (
+    can_export,
+    export_adaptive,
+    export_student,
+    load_adaptive,
+    make_scheduler,
+    snippet,
+)
 from agents.sampling import sample
 from redif_env import mdp, schedules
-from redif_env.denoiser import Denoiser
+from redif_env.denoiser import Denoiser, call_network
 from redif_env.errors import InvalidArgumentError
 from redif_env.loading import build_denoiser, find_folder, load_denoiser, load_scheduler
 from redif_env.noise import FlowSchedule, SDESchedule, VESchedule, VPSchedule
@@ -354,23 +364,87 @@ def test_a_network_of_another_library_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def reversed_time(network, x_t, t, told):
+    return -network(x_t, 1000 - t).sample
+
+
+class OwnNetwork(ModelMixin, ConfigMixin):
+    """It can be saved, but diffusers alone can not load it."""
+
+    @register_to_config
+    def __init__(self, out_channels: int = 2) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(2, out_channels, 1)
+
+    def forward(self, x_t, t):
+        return self.body(x_t)
+
+
+class OwnUNet(UNet2DModel):
+    """Not what diffusers makes of its folder."""
+
+    def forward(self, *args, **kwargs):
+        return (0.5 * super().forward(*args, **kwargs).sample,)
+
+
+def with_own_call() -> Denoiser:
+    student = make_unconditional_student()
+    student.call = reversed_time
+    return student
+
+
+def with_own_call_inside() -> Denoiser:
+    student = make_edm_student(EDM["as published"])
+    student.network.call = reversed_time
+    return student
+
+
+def with_own_class(kind: type) -> Denoiser:
+    like = make_unconditional_student()
+    return Denoiser(kind.from_config(like.network.config), like.schedule, "epsilon", (2, 4, 4))
+
+
+STRANGERS = {
+    "an own call": with_own_call,
+    "an own call of EDM's network": with_own_call_inside,
+    "an own model": functools.partial(with_own_class, OwnNetwork),
+    "an own subclass": functools.partial(with_own_class, OwnUNet),
+}
+
+
+@pytest.mark.parametrize("make", STRANGERS.values(), ids=STRANGERS)
+def test_what_diffusers_would_not_compute_is_not_exported(tmp_path, make):
+    """Its folder would load, and give other samples."""
+    student = make()
+    assert not can_export(student)
+    with pytest.raises(InvalidArgumentError, match=r"call= of one's own.*state_dict"):
+        export_student(student, (800.0, 300.0), COSINE.config, tmp_path / "student")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_diffusers_network_called_plainly_is_exported():
+    """Negative control: by either of the ways that give the same."""
+    student = make_unconditional_student()
+    assert can_export(student)
+    student.call = call_network
+    assert can_export(student)
+    assert can_export(make_edm_student(EDM["as published"]))
+
+
 def test_a_grid_that_makes_no_sense_is_refused(tmp_path):
     with pytest.raises(InvalidArgumentError, match="strictly decreasing"):
         export_student(load_denoiser("digits"), (300.0, 850.0), scheduler_config(), tmp_path / "s")
     assert not list(tmp_path.iterdir())
 
 
-class FullDisk(UNet2DModel):
-    """Writes half of its files, then finds the disk full."""
+def test_a_failing_export_leaves_nothing(tmp_path, monkeypatch):
+    student, save = load_denoiser("digits"), UNet2DModel.save_pretrained
 
-    def save_pretrained(self, folder, *args, **kwargs) -> None:
-        super().save_pretrained(folder, *args, **kwargs)
+    def fill_the_disk(network, folder) -> None:
+        save(network, folder)
         raise OSError(28, "No space left on device")
 
-
-def test_a_failing_export_leaves_nothing(tmp_path):
-    student = load_denoiser("digits")
-    student.network.__class__ = FullDisk
+    monkeypatch.setattr(UNet2DModel, "save_pretrained", fill_the_disk)
     with pytest.raises(OSError, match="No space left"):
         export_student(student, (850.0,), scheduler_config(), tmp_path / "student")
     assert not list(tmp_path.iterdir())
