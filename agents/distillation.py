@@ -230,7 +230,7 @@ def distill(
     if plan.written is not None and resume:
         resuming.check_same(plan.written, config)
     if plan.folder is not None:
-        run_folder.check_export(teacher)
+        run_folder.check_export(teacher, guidance_scale)
     # Everything is made once on the uniform grid, so that bad options meet their errors before the
     # teacher is asked and the grid is searched.
     options.make_model(teacher, num_envs, uniform, learned)

@@ -54,7 +54,8 @@ scheduler.set_timesteps({times})
 x = {scale}torch.randn(10, {shape}, generator=torch.Generator().manual_seed(0))
 {labels}
 for t in scheduler.timesteps:
-    with torch.no_grad(): x = scheduler.step({prediction}, t, x).prev_sample
+{prediction}
+    x = scheduler.step(prediction, t, x).prev_sample
 """
 DECODE = """\
 {name} = {autoencoder}.from_pretrained("{name}")
@@ -65,10 +66,17 @@ LABELS = "labels = torch.arange(10) % info['num_classes']"
 LABELS_GUIDED = (
     LABELS + "; w = info['guidance_scale']; null = torch.full((10,), info['null_class'])"
 )
-GUIDED = "(1 - w) * {uncond} + w * {cond}"
+LABELS_RESCALED = """
+r = info["guidance_rescale"]; std = lambda p: p.std(tuple(range(1, p.ndim)), keepdim=True)"""
+PLAIN = "    with torch.no_grad(): prediction = {cond}"
+GUIDED = """\
+    with torch.no_grad(): uncond, cond = {uncond}, {cond}
+    prediction = (1 - w) * uncond + w * cond"""
+RESCALED = """
+    prediction *= r * std(cond) / std(prediction) + (1 - r)"""
 
 PIPELINE_SNIPPET = """\
-import json
+import json, torch
 from diffusers import DiffusionPipeline
 info = json.load(open("redif.json"))
 pipe = DiffusionPipeline.from_pretrained(".", local_files_only=True{absent})
@@ -166,8 +174,8 @@ def export_student(
 
     Raises:
         InvalidArgumentError: if the folder exists, the network is not a diffusers model, diffusers
-            has no scheduler for its noise schedule, `scheduler_config` is no config, or `base` is
-            no pipeline's folder.
+            has no scheduler for its noise schedule, `scheduler_config` is no config, `base` is no
+            pipeline's folder, or its pipeline has no argument for the student's guidance.
     """
     student = _exportable(student)
     if base is not None and not (Path(base) / INDEX).is_file():
@@ -231,6 +239,7 @@ def load_adaptive(folder: str | Path) -> AdaptivePipeline:
                 folder / "schedule_head", local_files_only=True, use_safetensors=True
             ),
             guidance_scale=check_number("guidance_scale", index.get("guidance_scale")),
+            guidance_rescale=check_number("guidance_rescale", index.get("guidance_rescale", 0)),
             null_class=index.get("null_class"),
         )
     except InvalidArgumentError:
@@ -306,6 +315,7 @@ def _write_adaptive(temporary: Path, student: Denoiser, head: ScheduleHead, sche
         "scheduler": ["diffusers", _scheduler_name(student)],
         "schedule_head": ["head", "ScheduleHead"],
         "guidance_scale": student.guidance_scale,
+        "guidance_rescale": student.guidance_rescale,
         "null_class": student.null_class,
     }
     _write_json(temporary / INDEX, index)
@@ -503,16 +513,13 @@ def describe_student(student: Denoiser, grid: Tensor) -> dict[str, Any]:
     else:
         known["timesteps"] = [int(t) for t in times]
     known["guidance_scale"] = student.guidance_scale
+    known["guidance_rescale"] = student.guidance_rescale
     if student.conditions is None:
         return {**known, "num_classes": student.num_classes, "null_class": student.null_class}
     distilled = student.conditions.tensors().get("guidance")
     if distilled is not None:
         known["distilled_guidance"] = float(distilled[0])
-    return {
-        **known,
-        "guidance_rescale": student.guidance_rescale,
-        "negative_prompt": student.conditions.null_text,
-    }
+    return {**known, "negative_prompt": student.conditions.null_text}
 
 
 def snippet(student: Denoiser, index: Mapping[str, Any]) -> str:
@@ -521,6 +528,9 @@ def snippet(student: Denoiser, index: Mapping[str, Any]) -> str:
     Args:
         student: The student.
         index: What its folder's `model_index.json` holds.
+
+    Raises:
+        InvalidArgumentError: for guidance that its pipeline has no argument for.
     """
     if _is_text_pipeline(student, index):
         return _pipeline_snippet(student, index)
@@ -528,30 +538,31 @@ def snippet(student: Denoiser, index: Mapping[str, Any]) -> str:
         return TABLE_SNIPPET
     network = _diffusers_network(student)
     name, kind, channels = network_name(network), type(network).__name__, student.latent_shape[0]
-    times = _times_name(student)
-    set_times, scale, x = f'{times}=info["{times}"]', "", "x"
+    scale, x = "", "x"
     if _is_edm(student):
-        set_times = 'sigmas=torch.tensor(info["ramp"])'
         scale, x = "scheduler.config.sigma_max * ", "scheduler.scale_model_input(x, t)"
     decoder = next((part for part in AUTOENCODER_NAMES if part in index), None)
     t = "t" if name == "unet" else "t.expand(10)"
     call = f"{name}({x}, {t}{{}}).sample"
-    if network.config.out_channels != channels:
+    if network.config.get("out_channels", channels) != channels:
         call += f"[:, :{channels}]"  # without the variances
     cond = call.format(", class_labels=labels" if student.num_classes is not None else "")
     uncond = call.format(", class_labels=null")
-    guided = student.nfe == 2
-    labels = LABELS_GUIDED if guided else LABELS
+    labels, prediction = LABELS, PLAIN
+    if student.nfe == 2:
+        labels, prediction = LABELS_GUIDED, GUIDED
+        if student.guidance_rescale:
+            labels, prediction = labels + LABELS_RESCALED, prediction + RESCALED
     lines = SNIPPET.format(
         scheduler=_scheduler_name(student),
-        times=set_times,
+        times="=".join(_times(student)),
         scale=scale,
         classes=kind if decoder is None else f"{kind}, {index[decoder][1]}",
         name=name,
         network=kind,
         shape=", ".join(map(str, student.latent_shape)),
         labels=labels if student.num_classes is not None else "labels = None",
-        prediction=GUIDED.format(uncond=uncond, cond=cond) if guided else cond,
+        prediction=prediction.format(uncond=uncond, cond=cond),
     )
     if decoder is None:
         return lines
@@ -559,7 +570,8 @@ def snippet(student: Denoiser, index: Mapping[str, Any]) -> str:
 
 
 def _is_text_pipeline(student: Denoiser, index: Mapping[str, Any]) -> bool:
-    return student.conditions is not None and "tokenizer" in index
+    known = hasattr(diffusers, str(index.get("_class_name")))
+    return student.conditions is not None and "tokenizer" in index and known
 
 
 def _pipeline_snippet(student: Denoiser, index: Mapping[str, Any]) -> str:
@@ -568,13 +580,32 @@ def _pipeline_snippet(student: Denoiser, index: Mapping[str, Any]) -> str:
     call = getattr(diffusers, index["_class_name"]).__call__
     taken, known = inspect.signature(call).parameters, describe_student(student, torch.ones(2))
     options = DISTILLED_OPTIONS if "distilled_guidance" in known else PIPELINE_OPTIONS
-    given = {_times_name(student): _times_name(student), **options}
-    used = [name for name, key in given.items() if name in taken and known.get(key) is not None]
+    used = {name: key for name, key in options.items() if name in taken and known[key] is not None}
+    _check_guidance(student, known, set(used.values()), index["_class_name"])
     prompt = json.dumps((student.conditions.texts or ["a prompt"])[0])[1:-1]
-    text = ", ".join(f'{name}=info["{given[name]}"]' for name in used)
+    given = dict([_times(student)]) | {name: f'info["{key}"]' for name, key in used.items()}
+    text = ", ".join(map("=".join, given.items()))
     # diffusers wants to be told of encoders that are left out on purpose.
     absent = "".join(f", {name}=None" for name in index if _is_absent_text(name, index[name]))
     return PIPELINE_SNIPPET.format(prompt=prompt, options=text, absent=absent)
+
+
+def _check_guidance(
+    student: Denoiser, known: Mapping[str, Any], told: set[str], pipeline: str
+) -> None:
+    """Refuse guidance that a pipeline is not `told` of, or that it takes for none."""
+    if student.nfe == 1:
+        return
+    lacking = [key for key in PIPELINE_OPTIONS.values() if known[key] and key not in told]
+    if student.guidance_scale < 1:
+        lacking.append("guidance_scale")
+    if lacking:
+        raise InvalidArgumentError(
+            "student",
+            {key: known[key] for key in lacking},
+            f"{pipeline} can not be told of it: distil with guidance_scale=1, or with more and "
+            "what the pipeline takes.",
+        )
 
 
 def _is_absent_text(name: str, value: Any) -> bool:
@@ -585,9 +616,12 @@ def _is_flow(student: Denoiser) -> bool:
     return isinstance(student.schedule, FlowSchedule)
 
 
-def _times_name(student: Denoiser) -> str:
-    """What pipelines, schedulers and `redif.json` call the times."""
-    return "sigmas" if _is_flow(student) else "timesteps"
+def _times(student: Denoiser) -> tuple[str, str]:
+    """What pipelines and schedulers call the times, and how to read them from `redif.json`."""
+    if _is_edm(student):
+        return "sigmas", 'torch.tensor(info["ramp"])'
+    name = "sigmas" if _is_flow(student) else "timesteps"
+    return name, f'info["{name}"]'
 
 
 def _scheduler_class(student: Denoiser) -> type | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import shutil
 import tempfile
@@ -16,10 +17,10 @@ from redif_env import parallel
 from redif_env.denoiser import Denoiser
 from redif_env.errors import InvalidArgumentError
 from redif_env.files import write_json
-from redif_env.prompts import INDEX
+from redif_env.prompts import INDEX, read_index
 from redif_env.teacher import Teacher, TeacherBank
 
-from .export import can_export, export_student, make_scheduler
+from .export import can_export, export_student, make_scheduler, snippet
 from .lora import merge
 from .pictures import save_samples
 from .resuming import RunFolderError
@@ -83,14 +84,24 @@ def find_base(teacher: Teacher) -> Path | None:
     return folder if (folder / INDEX).is_file() else None
 
 
-def check_export(teacher: Teacher) -> None:
-    """Refuse, before training, a solver's config that `write_student` could not use after it.
+def check_export(teacher: Teacher, guidance_scale: float | None = None) -> None:
+    """Refuse, before training, what `write_student` could not write after it.
+
+    Args:
+        teacher: Whose student is trained.
+        guidance_scale: The student's; None: the teacher's.
 
     Raises:
-        InvalidArgumentError: for such a config.
+        InvalidArgumentError: for a solver's config that makes no scheduler, and for guidance that
+            the teacher's pipeline has no argument for.
     """
-    if can_export(teacher.denoiser):
-        make_scheduler(teacher.make_solver().config, teacher.denoiser)
+    student = copy.copy(teacher.denoiser)
+    if guidance_scale is not None:
+        student.set_guidance(guidance_scale, student.guidance_rescale)
+    if can_export(student):
+        make_scheduler(teacher.make_solver().config, student)
+        base = find_base(teacher)
+        snippet(student, {} if base is None else read_index(base))
 
 
 def write_student(folder: Path, student: Denoiser, timesteps: Tensor, teacher: Teacher) -> None:

@@ -16,6 +16,8 @@ class AdaptivePipeline(DiffusionPipeline):
         schedule_head: A `ScheduleHead`.
         guidance_scale: Of classifier-free guidance; 1 is none.
         null_class: The class that stands for none.
+        guidance_rescale: Share of the guided prediction that is rescaled to the std of the
+            conditional one.
     """
 
     def __init__(
@@ -25,10 +27,13 @@ class AdaptivePipeline(DiffusionPipeline):
         schedule_head: Any,
         guidance_scale: float = 1.0,
         null_class: Optional[int] = None,  # noqa: UP045 (diffusers 0.35 reads no other)
+        guidance_rescale: float = 0.0,
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, schedule_head=schedule_head)
-        self.register_to_config(guidance_scale=guidance_scale, null_class=null_class)
+        self.register_to_config(
+            guidance_scale=guidance_scale, null_class=null_class, guidance_rescale=guidance_rescale
+        )
 
     @torch.no_grad()
     def __call__(
@@ -71,11 +76,19 @@ class AdaptivePipeline(DiffusionPipeline):
 
     def _predict(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         scale, null = self.config.guidance_scale, self.config.null_class
-        prediction = self.unet(x_t, t, class_labels=labels).sample
+        cond = self._ask(x_t, t, labels)
         if scale == 1 or labels is None:
-            return prediction
-        without = self.unet(x_t, t, class_labels=torch.full_like(labels, null)).sample
-        return without + scale * (prediction - without)
+            return cond
+        uncond = self._ask(x_t, t, torch.full_like(labels, null))
+        guided = uncond + scale * (cond - uncond)
+        rescale, axes = self.config.guidance_rescale, tuple(range(1, x_t.ndim))
+        if not rescale:
+            return guided
+        factor = cond.std(axes, keepdim=True) / guided.std(axes, keepdim=True)
+        return guided * (rescale * factor + (1 - rescale))
+
+    def _ask(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        return self.unet(x_t, t, class_labels=labels).sample
 
     def _step(self, x_t: Tensor, prediction: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """The deterministic DDIM step from t to s, times `(N,)`."""

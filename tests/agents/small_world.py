@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,11 @@ ITERATION = NUM_ENVS * len(GRID)  # transitions of one rollout
 STOCK = {"ratio": "sum", "advantage": "gae", "credit": "global"}
 # every step explores with independent noise, as in the published recipes
 PLAIN_EXPLORATION = {"stochastic_steps": "all", "antithetic": False}
+
+
+def lines_of(folder: Path) -> str:
+    """The block that the folder's README tells people to run."""
+    return re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
 
 
 def weights(model: Any) -> Tensor:

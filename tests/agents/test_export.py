@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +22,7 @@ from diffusers import (
 )
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from gymnasium import spaces
-from small_world import tell_apart
+from small_world import lines_of, tell_apart
 from torch import nn
 
 from agents.choices import make_head
@@ -74,11 +73,6 @@ def scheduler_config():
     return load_scheduler(find_folder("digits")).config
 
 
-def lines_of(folder: Path) -> str:
-    """The block that the folder's README tells people to run."""
-    return re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
-
-
 def run_in_a_clean_process(folder: Path, lines: str) -> torch.Tensor:
     """What `x` is after the lines, run in the folder where this project cannot be imported."""
     out = folder.parent / "x.pt"
@@ -114,6 +108,19 @@ def test_the_readme_gives_the_students_own_samples_without_this_project(
     # negative control: the teacher's own samples are others
     teacher = load_denoiser("digits", guidance_scale=guidance_scale)
     assert (x - expected_samples(teacher, grid, torch.arange(10))).abs().max() > 0.05
+
+
+def test_the_readme_rescales_guidance(tmp_path, monkeypatch):
+    student = load_denoiser("digits", guidance_scale=4.0, guidance_rescale=0.7)
+    grid, labels = (850.0, 300.0), torch.arange(10)
+    folder = export_student(student, grid, scheduler_config(), tmp_path / "student")
+    monkeypatch.chdir(folder)
+    scope: dict = {}
+    exec(lines_of(folder), scope)
+    expected = expected_samples(student, grid, labels)
+    torch.testing.assert_close(scope["x"], expected, **SAME_SAMPLES)
+    student.set_guidance(4.0)  # negative control
+    assert (expected - expected_samples(student, grid, labels)).abs().max() > 0.05
 
 
 def make_unconditional_student() -> Denoiser:
@@ -320,6 +327,7 @@ def test_the_folder_holds_what_samplers_need(folder):
         "solver_order": 1,
         "timesteps": [850, 300],
         "guidance_scale": 2.0,
+        "guidance_rescale": 0.0,
         "num_classes": 10,
         "null_class": 10,
     }
@@ -488,6 +496,18 @@ def test_an_adaptive_student_samples_without_this_project(tmp_path, kind, guidan
     # negative control: the times matter
     fixed = schedules.sample(student, x_T, torch.arange(10), schedules.uniform(student.schedule, 5))
     assert (x - fixed).abs().max() > 0.05
+
+
+def test_an_adaptive_student_rescales_guidance(tmp_path):
+    student = load_denoiser("digits", guidance_scale=4.0, guidance_rescale=0.7)
+    head = adaptive_head(student, "beta")
+    folder = export_adaptive(student, head, scheduler_config(), tmp_path / "student")
+    x_T = torch.randn(10, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    x, _ = load_adaptive(folder)(class_labels=torch.arange(10), latents=x_T)
+    expected, _ = sample(student, head, x_T, torch.arange(10))
+    torch.testing.assert_close(x, expected, **SAME_SAMPLES)
+    student.set_guidance(4.0)  # negative control
+    assert (x - sample(student, head, x_T, torch.arange(10))[0]).abs().max() > 0.05
 
 
 def test_a_global_schedule_is_exported_as_its_times(tmp_path):

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import re
 from types import SimpleNamespace
 
 import pytest
@@ -14,12 +13,22 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
 )
+from small_world import lines_of
 from tiny_models import FAMILIES, PROMPTS
 
-from agents import ReDiFPPO
+from agents import ReDiFPPO, distill, run_folder
 from agents.distillation import find_base
 from agents.export import export_student
-from redif_env import Decoded, EDMNetwork, ReDiFVectorEnv, TeacherBank, load_teacher, schedules
+from redif_env import (
+    Conditions,
+    Decoded,
+    EDMNetwork,
+    ReDiFVectorEnv,
+    TeacherBank,
+    load_teacher,
+    schedules,
+)
+from redif_env.errors import InvalidArgumentError
 
 GRID = [800.0, 300.0]
 NUM_ENVS = 4
@@ -98,7 +107,7 @@ def test_the_readme_gives_the_students_own_samples(given, exported, monkeypatch)
     """Its lines, run in the folder: for prompts with noise of our own, for the rest as they are."""
     if getattr(given.teacher.denoiser.network, "use_additional_conditions", False):
         pytest.skip("diffusers' pipeline tells sizes to transformers of 128 x 128 latents only")
-    lines = re.search(r"```python\n(.*?)```", (exported / "README.md").read_text(), re.DOTALL)[1]
+    lines = lines_of(exported)
     student = given.model.student()
     x_T = student.initial_noise(10, torch.Generator().manual_seed(0))
     condition = None
@@ -127,6 +136,66 @@ def test_the_readme_gives_the_students_own_samples(given, exported, monkeypatch)
         wanted = (wanted / 2 + 0.5).clamp(0, 1)
     torch.testing.assert_close(x, wanted, rtol=1e-3, atol=1e-3)
     assert float(x.std()) > 0.01
+
+
+def guided_teacher(tmp_path, name, **options):
+    FAMILIES[name].make().save_pretrained(tmp_path / "pipeline")
+    given = {**FAMILIES[name].options, "num_steps": 2, **options}
+    return load_teacher(tmp_path / "pipeline", **given)
+
+
+UNTOLD = {
+    "a pipeline that does not rescale": ("Stable Diffusion 3", {"guidance_rescale": 0.7}),
+    "distilled guidance and rescaled true one": ("Flux", {"guidance_rescale": 0.7}),
+    "guidance that the pipeline takes for none": ("Stable Diffusion 2", {"guidance_scale": 0.5}),
+}
+
+
+@pytest.mark.parametrize(("name", "options"), UNTOLD.values(), ids=UNTOLD)
+def test_guidance_that_the_pipeline_has_no_argument_for_is_refused(tmp_path, name, options):
+    """Before training; a student of another guidance than its teacher's is judged by its own."""
+    teacher = guided_teacher(tmp_path, name, **options)
+    with pytest.raises(InvalidArgumentError, match=r"student=\{'guidance_.*guidance_scale=1"):
+        distill(teacher, num_steps=2, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    run_folder.check_export(teacher, guidance_scale=1.0)
+    teacher.denoiser.set_guidance(3.0)
+    run_folder.check_export(teacher)
+
+
+def test_an_edm_student_of_prompts_is_sampled_by_its_pipeline(tmp_path, monkeypatch):
+    """As Playground 2.5: pipelines take EDM's times as sigmas."""
+    pipeline = FAMILIES["SDXL"].make()
+    pipeline.register_modules(scheduler=EDMEulerScheduler(prediction_type="v_prediction"))
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    teacher = load_teacher(tmp_path / "pipeline", prompts=PROMPTS, guidance_scale=3.0)
+    student, config = teacher.denoiser, teacher.make_solver().config
+    folder = export_student(student, GRID, config, tmp_path / "student", find_base(teacher))
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    monkeypatch.chdir(folder)
+    scope = {"noise": noise}
+    exec(lines_of(folder).replace('"pt"', '"latent", latents=noise'), scope)
+    grid = schedules.explicit(GRID, student.schedule)
+    with torch.no_grad():
+        x_T = student.schedule.initial_std * noise
+        wanted = schedules.sample(student, x_T, torch.tensor([0]), grid)
+    # It starts at the root of sigma^2 + 1.
+    torch.testing.assert_close(scope["x"], wanted, rtol=1e-3, atol=1e-2)
+
+
+def test_a_pipeline_of_an_unknown_class_is_no_pipeline_to_call(tmp_path):
+    pipeline, config = FAMILIES["Stable Diffusion 2"].make(), {"_class_name": "MyOwnPipeline"}
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    index = tmp_path / "pipeline" / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), **config}))
+    table = Conditions({"encoder_hidden_states": torch.zeros(3, 12, 16)})
+    teacher = load_teacher(tmp_path / "pipeline", conditions=table, num_steps=2)
+    run_folder.check_export(teacher)
+    solver = teacher.make_solver()
+    folder = export_student(
+        teacher.denoiser, GRID, solver.config, tmp_path / "student", find_base(teacher)
+    )
+    assert "called with embeddings" in lines_of(folder)
 
 
 def test_guidance_is_distilled_away_with_a_reward_of_pixels(tmp_path):
