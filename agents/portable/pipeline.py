@@ -88,7 +88,8 @@ class AdaptivePipeline(DiffusionPipeline):
         return guided * (rescale * factor + (1 - rescale))
 
     def _ask(self, x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-        return self.unet(x_t, t, class_labels=labels).sample
+        prediction = self.unet(x_t, t, class_labels=labels).sample
+        return prediction[:, : x_t.shape[1]]  # without the variances
 
     def _step(self, x_t: Tensor, prediction: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """The deterministic DDIM step from t to s, times `(N,)`."""

@@ -23,6 +23,7 @@ from diffusers import (
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from gymnasium import spaces
 from small_world import lines_of, tell_apart
+from tiny_models import FAMILIES
 from torch import nn
 
 from agents.choices import make_head
@@ -458,18 +459,23 @@ def test_a_failing_export_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def adaptive_head(student: Denoiser, kind: str):
-    """A head that stops after two steps in half of the samples."""
-    seen = {
+def make_adaptive_head(student: Denoiser, kind: str):
+    seen: dict = {
         "latents": spaces.Box(-np.inf, np.inf, student.latent_shape, np.float32),
         "timestep": spaces.Box(0, 1, (1,), np.float32),
         "steps_left": spaces.Box(0, 1, (1,), np.float32),
-        "condition": spaces.Discrete(10),
     }
+    if student.num_classes is not None:
+        seen["condition"] = spaces.Discrete(student.num_classes)
     torch.manual_seed(0)
     grid = schedules.uniform(student.schedule, 5)
     options = {"kind": kind, "adaptive": True, "min_steps": 2}
-    head = make_head(spaces.Dict(seen), student.schedule, grid, **options)
+    return make_head(spaces.Dict(seen), student.schedule, grid, **options)
+
+
+def adaptive_head(student: Denoiser, kind: str):
+    """A head that stops after two steps in half of the samples."""
+    head = make_adaptive_head(student, kind)
     x_T = torch.randn(10, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     once = torch.ones(10, dtype=torch.int64)
     tell_apart(head, mdp.observe(x_T, 799.0 * once, once, torch.arange(10), student.schedule, 5))
@@ -508,6 +514,16 @@ def test_an_adaptive_student_rescales_guidance(tmp_path):
     torch.testing.assert_close(x, expected, **SAME_SAMPLES)
     student.set_guidance(4.0)  # negative control
     assert (x - sample(student, head, x_T, torch.arange(10))[0]).abs().max() > 0.05
+
+
+def test_an_adaptive_student_leaves_predicted_variances_out(tmp_path):
+    student = load_denoiser(FAMILIES["learned variances in pixels"].make())
+    head = make_adaptive_head(student, "beta")
+    folder = export_adaptive(student, head, scheduler_config(), tmp_path / "student")
+    x_T = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    x, _ = load_adaptive(folder)(latents=x_T)
+    expected, _ = sample(student, head, x_T, None)
+    torch.testing.assert_close(x, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_global_schedule_is_exported_as_its_times(tmp_path):
