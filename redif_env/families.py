@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -99,6 +99,15 @@ TEXT_TO_IMAGE = (
 FLUX_TIMESTEPS = 1000
 FLUX_SIZE = 128  # side of the latents of a picture of 1024 x 1024
 AUTOENCODERS = (AutoencoderKL, AutoencoderTiny, VQModel)
+# Classes of their own now, in published configs one class, by `norm_type`.
+LEGACY_CLASS = "Transformer2DModel"
+LEGACY = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
+
+
+def class_name(config: Mapping[str, Any]) -> Any:
+    """What a model's config says that its class is, by today's name."""
+    name, norm = config.get("_class_name"), config.get("norm_type")
+    return LEGACY.get(norm) if name == LEGACY_CLASS and isinstance(norm, str) else name
 
 
 def find_class(name: Any, kinds: Sequence[type]) -> type | None:

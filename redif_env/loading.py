@@ -473,7 +473,7 @@ def _load_model(
 ) -> Any:
     """A diffusers model of one of `kinds`, with all of its weights and no others."""
     config = read_json(path / "config.json")
-    kind: Any = families.find_class(config.get("_class_name"), kinds)
+    kind: Any = families.find_class(families.class_name(config), kinds)
     if kind is None:
         raise TeacherFolderError("teacher", str(path), _supported())
     try:

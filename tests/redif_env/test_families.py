@@ -260,6 +260,20 @@ def test_a_damaged_table_is_made_again(text_folder, own_cache):
     assert len(Conditions.load(path)) == 3
 
 
+@pytest.mark.parametrize("name", ["DiT", "PixArt"])
+def test_published_folders_name_a_class_that_has_another_name_now(tmp_path, name):
+    """diffusers tells DiT and PixArt apart by a setting of their common class."""
+    family = FAMILIES[name]
+    made(name).save_pretrained(tmp_path / "pipeline")
+    now = load_teacher(tmp_path / "pipeline", num_steps=2, **family.options)
+    rename(tmp_path / "pipeline", "transformer", "Transformer2DModel")
+    then = load_teacher(tmp_path / "pipeline", num_steps=2, **family.options)
+    assert then.fingerprint() == now.fingerprint()
+    rename(tmp_path / "pipeline", "transformer", "Transformer3DModel")
+    with pytest.raises(TeacherFolderError, match="networks can be"):  # negative control
+        load_teacher(tmp_path / "pipeline", num_steps=2, **family.options)
+
+
 def test_latents_of_another_size(text_folder):
     wide = load_teacher(text_folder, num_steps=2, prompts=PROMPTS, latent_size=(8, 12))
     assert wide.denoiser.latent_shape == (4, 8, 12)
@@ -408,9 +422,13 @@ BAD = {
 }
 
 
-def edit_class(folder, part, name):
+def rename(folder, part, name):
     path = folder / part / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "_class_name": name}))
+
+
+def edit_class(folder, part, name):
+    rename(folder, part, name)
     return load_teacher(folder, prompts=PROMPTS)
 
 
