@@ -176,15 +176,16 @@ def patch_side(network: Any) -> int:
 
 
 def flow_solver(kind: Any, config: Any, network: Any, tokens: int) -> Any:
-    """A flow-matching scheduler that needs to know the picture's size, told as pipelines do.
+    """A flow-matching scheduler, told of the times as pipelines do.
 
     Esser et al. 2024, section 5.3.2: larger pictures keep more signal at the same sigma, so that
-    times are shifted by an amount that grows with the number of tokens. Flux's pipeline also
-    spaces the times in its own way.
+    with `use_dynamic_shifting` times are shifted by an amount that grows with the number of tokens.
+    Flux's pipeline, shifted or not, spaces the times in its own way, but for schedulers with
+    `use_flow_sigmas`.
 
     Args:
         kind: The scheduler's class.
-        config: Its config, with `use_dynamic_shifting`.
+        config: Its config.
         network: The transformer.
         tokens: Of a picture.
     """
@@ -192,16 +193,17 @@ def flow_solver(kind: Any, config: Any, network: Any, tokens: int) -> Any:
     set_timesteps, few = solver.set_timesteps, config.get("base_image_seq_len") or 256
     many, least = config.get("max_image_seq_len") or 4096, config.get("base_shift") or 0.5
     slope = ((config.get("max_shift") or 1.15) - least) / (many - few)
-    mu = least + slope * (tokens - few)
+    shift = {"mu": least + slope * (tokens - few)} if config.get("use_dynamic_shifting") else {}
+    spaced = isinstance(network, FluxTransformer2DModel) and not config.get("use_flow_sigmas")
 
-    def set_shifted(num_steps: int, device: Any = None) -> None:
-        if isinstance(network, FluxTransformer2DModel):
+    def set_told(num_steps: int, device: Any = None) -> None:
+        if spaced:
             sigmas = torch.linspace(1.0, 1 / num_steps, num_steps, dtype=torch.float64).numpy()
-            set_timesteps(sigmas=sigmas, device=device, mu=mu)
+            set_timesteps(sigmas=sigmas, device=device, **shift)
         else:
-            set_timesteps(num_steps, device=device, mu=mu)
+            set_timesteps(num_steps, device=device, **shift)
 
-    solver.set_timesteps = set_shifted
+    solver.set_timesteps = set_told
     return solver
 
 

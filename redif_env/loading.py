@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import diffusers
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, FluxTransformer2DModel
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from . import families
@@ -262,8 +262,9 @@ def solver_maker(scheduler: SchedulerMixin, denoiser: Denoiser) -> Callable[[], 
         # Times of an EDM scheduler are log(sigma) / 4, and it wants the raw network's output. The
         # kernel is Euler's method, and evenly spaced times are Karras' sigmas.
         return functools.partial(KernelSolver, denoiser)
-    if scheduler.config.get("use_dynamic_shifting"):
-        network: Any = denoiser.network
+    network: Any = denoiser.network
+    flux = isinstance(network, FluxTransformer2DModel)
+    if flux or scheduler.config.get("use_dynamic_shifting"):
         side = families.patch_side(network)
         tokens = math.prod(length // side for length in denoiser.latent_shape[1:])
         return functools.partial(

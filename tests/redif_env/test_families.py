@@ -15,6 +15,7 @@ from diffusers import (
     DiffusionPipeline,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
 )
 from tiny_models import FAMILIES, PROMPTS
 
@@ -260,9 +261,32 @@ def test_a_damaged_table_is_made_again(text_folder, own_cache):
     assert len(Conditions.load(path)) == 3
 
 
+FLUX_SCHEDULERS = {
+    "static shift, as schnell": FlowMatchEulerDiscreteScheduler(shift=1.0),
+    "another static shift": FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "sigmas of its own": UniPCMultistepScheduler(
+        use_flow_sigmas=True,
+        prediction_type="flow_prediction",
+        use_dynamic_shifting=True,
+        time_shift_type="exponential",
+    ),
+}
+
+
+@pytest.mark.parametrize("scheduler", FLUX_SCHEDULERS.values(), ids=FLUX_SCHEDULERS)
+def test_flux_has_its_pipelines_times_with_any_scheduler(scheduler):
+    family, pipeline = FAMILIES["Flux"], FAMILIES["Flux"].make()
+    pipeline.register_modules(scheduler=scheduler)
+    teacher = load_teacher(pipeline, num_steps=4, **family.options)
+    x_T = teacher.denoiser.initial_noise(3, torch.Generator().manual_seed(0))
+    rows = torch.arange(3)
+    wanted = family.sample(pipeline, x_T, rows, 4)
+    torch.testing.assert_close(teacher.sample(x_T, rows), wanted, **SAME)
+
+
 @pytest.mark.parametrize("name", ["DiT", "PixArt"])
 def test_published_folders_name_a_class_that_has_another_name_now(tmp_path, name):
-    """diffusers tells DiT and PixArt apart by a setting of their common class."""
+    """DiT and PixArt are told apart by a setting of their common class."""
     family = FAMILIES[name]
     made(name).save_pretrained(tmp_path / "pipeline")
     now = load_teacher(tmp_path / "pipeline", num_steps=2, **family.options)
