@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -196,8 +197,9 @@ def load_teacher(
     Args:
         source: A folder with a network (`unet/` or `transformer/`), `scheduler/` and, for latent
             diffusion, an autoencoder (`vae/` or `vqvae/`); the name of a bundled teacher; a
-            pipeline in memory, whose parts are used, not copied; or, with
-            `local_files_only=False`, a repository of the Hugging Face hub.
+            pipeline in memory, whose network and autoencoder are used and frozen, and copied only
+            where they need another dtype; or, with `local_files_only=False`, a repository of the
+            Hugging Face hub.
         num_steps: Steps of the teacher's sampler.
         prompts: What a text-to-image model is conditioned on: a text file with a prompt a line, a
             list, or records with a `"prompt"`, `"text"` or `"caption"`. A task draws one of them.
@@ -313,14 +315,19 @@ def _parts_in_memory(pipeline: Any, dtype: torch.dtype | None) -> Parts:
     decoder = next((found[name] for name in AUTOENCODER_NAMES if found.get(name) is not None), None)
     if type(network) not in families.NETWORKS:
         raise InvalidArgumentError("source", type(pipeline).__name__, _supported())
-    folder = Path(str(pipeline.config.get("_name_or_path", "")))
     return Parts(
-        network.to(dtype) if dtype else network,
+        network if dtype is None else _cast(network, dtype),
         found["scheduler"],
-        None if decoder is None else decoder.float(),
-        folder=folder if folder.is_absolute() and folder.is_dir() else None,
+        None if decoder is None else _cast(decoder, torch.float32),
         pipeline=pipeline,
     )
+
+
+def _cast(model: Any, dtype: torch.dtype) -> Any:
+    """The model, or a copy if it has another dtype: the pipeline goes on with its own."""
+    weights = (weight for weight in model.state_dict().values() if weight.is_floating_point())
+    same = all(weight.dtype == dtype for weight in weights)
+    return model if same else copy.deepcopy(model).to(dtype)
 
 
 def make_table(

@@ -233,6 +233,25 @@ def test_half_precision(text_folder, own_cache):
     assert float((ours - wanted).std() / wanted.std()) < 0.05
 
 
+def test_a_pipeline_in_memory_stays_as_it_is():
+    """It works as before, in its own dtypes; and what it was once saved as is not looked at."""
+    pipeline = FAMILIES["Stable Diffusion 2"].make().to(torch.bfloat16)
+    teacher = load_teacher(pipeline, num_steps=2, prompts=PROMPTS, dtype=torch.float32)
+    assert next(teacher.codec.parameters()).dtype == teacher.denoiser.dtype == torch.float32
+    assert pipeline.unet.dtype == pipeline.vae.dtype == torch.bfloat16
+    pipeline.set_progress_bar_config(disable=True)
+    assert len(pipeline("dog", num_inference_steps=2, output_type="pt").images) == 1
+    # Nothing is copied without need.
+    assert load_teacher(pipeline, prompts=PROMPTS).denoiser.network is pipeline.unet
+
+
+def test_a_pipeline_in_memory_is_not_taken_for_its_folder(text_folder):
+    """Its parts may have been replaced."""
+    pipeline = DiffusionPipeline.from_pretrained(text_folder, local_files_only=True)
+    assert load_teacher(pipeline, prompts=PROMPTS).source is None
+    assert load_teacher(text_folder, prompts=PROMPTS).source == str(text_folder)
+
+
 def test_a_variant_of_the_files(tmp_path, own_cache):
     """Half-precision files alone: the network has the dtype that is asked for."""
     pipeline = FAMILIES["Stable Diffusion 2"].make().to(torch.float16)
