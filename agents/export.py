@@ -21,6 +21,7 @@ from torch import Tensor
 
 from redif_env import families
 from redif_env.adapters import EDMNetwork
+from redif_env.code_key import changes
 from redif_env.denoiser import Denoiser, call_network
 from redif_env.errors import InvalidArgumentError, TeacherFolderError, check_number
 from redif_env.files import replacing
@@ -253,9 +254,9 @@ def load_adaptive(folder: str | Path) -> AdaptivePipeline:
 def can_export(student: Denoiser) -> bool:
     """Whether diffusers has classes for a student's network and for its steps.
 
-    The network must be a diffusers model, called as diffusers calls it; on a `VPSchedule`,
-    predicting eps, x_0 or v; or, with steps of first order, on a `FlowSchedule`, predicting flow,
-    or in an `EDMNetwork` on a `VESchedule`.
+    The network must be a diffusers model, called as diffusers calls it and but for adapters as it
+    was made; on a `VPSchedule`, predicting eps, x_0 or v; or, with steps of first order, on a
+    `FlowSchedule`, predicting flow, or in an `EDMNetwork` on a `VESchedule`.
     """
     return _has_diffusers_network(student) and _scheduler_class(student) is not None
 
@@ -266,7 +267,8 @@ def _has_diffusers_network(student: Denoiser) -> bool:
     kind = type(network)
     plain = call_network, families.NETWORKS.get(kind)
     called = student.call in plain and (not _is_edm(student) or student.network.call in plain)
-    return called and getattr(diffusers, kind.__name__, None) is kind
+    known = called and getattr(diffusers, kind.__name__, None) is kind
+    return known and not changes(merge(student).network)
 
 
 def _exportable(student: Denoiser) -> Denoiser:
@@ -274,8 +276,8 @@ def _exportable(student: Denoiser) -> Denoiser:
         raise InvalidArgumentError(
             "student",
             type(student.network).__name__,
-            "only diffusers models, without a call= of one's own, can be exported: save "
-            "student.network.state_dict() instead.",
+            "only diffusers models, without a call=, attention or FreeU of one's own, can be "
+            "exported: save student.network.state_dict() instead.",
         )
     _find_scheduler_class(student)
     return merge(student)

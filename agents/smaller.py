@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from redif_env.code_key import settings
 from redif_env.denoiser import Denoiser
 from redif_env.errors import InvalidArgumentError, check_number
 from redif_env.loading import build_from_description, describe
@@ -89,7 +90,7 @@ def narrower(network: Any, fraction: float) -> dict[str, Any]:
         changes = _first_groups(config, kept)
         if _heads_fit(config, changes["block_out_channels"]):
             with torch.device("meta"):  # counts without memory
-                sizes[kept] = count_parameters(type(network)(**{**_public(config), **changes}))
+                sizes[kept] = count_parameters(type(network)(**{**settings(network), **changes}))
     best = min(sizes, key=lambda kept: abs(sizes[kept] - wanted))
     if wanted < min(sizes.values()) / 2:
         share = min(sizes.values()) / count_parameters(network)
@@ -159,10 +160,6 @@ def copy_weights(source: Any, target: Any) -> None:
 def warm_up_options(num_steps: int) -> dict[str, Any]:
     """Of `OutputRegression.train` before reinforcement learning: `WARM_UP` on `num_steps` steps."""
     return {**WARM_UP, "batch_size": max(WARM_UP_ROWS // num_steps, 1)}
-
-
-def _public(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in config.items() if name[0] != "_"}
 
 
 def _first_groups(config: Any, kept: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What code a network runs, for keys of caches: weights can be read by more than one `forward`."""
+"""What a network runs, for keys of caches: weights can be read by more than one `forward`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ from torch import nn
 LIBRARIES = frozenset({"builtins", "diffusers", "peft", "redif_env", "torch", "transformers"})
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
 OF_MODULES = frozenset(vars(nn.Module()))
+# What diffusers and peft set in modules of a network that is made: attention, FreeU, adapters.
+RUN_TIME = (
+    *("processor", "b1", "b2", "s1", "s2"),
+    *("scaling", "merged_adapters", "_active_adapter", "_disable_adapters"),
+)
 
 
 def own_code(network: nn.Module, call: Any) -> list[Any]:
@@ -33,6 +38,43 @@ def own_code(network: nn.Module, call: Any) -> list[Any]:
         elif isinstance(module, torch.jit.ScriptModule | torch.fx.GraphModule):
             parts.append([name, module.code])
     return parts if _of_library(call) else [*parts, _described(call, seen)]
+
+
+def settings(network: Any) -> dict[str, Any]:
+    """What a diffusers network's class takes to make it again; configs may hold more."""
+    taken = inspect.signature(type(network).__init__).parameters
+    return {name: value for name, value in network.config.items() if name in taken}
+
+
+def changes(network: nn.Module) -> list[Any]:
+    """What was done to diffusers' models since they were made, which their configs do not tell.
+
+    Adapters and their scales, FreeU, one's own processors of attention, and layers of another kind;
+    empty for nothing, and for networks of others, whose code counts.
+    """
+    if _package(type(network)) != "diffusers" or not hasattr(network, "config"):
+        return [change for child in network.children() for change in changes(child)]
+    with torch.device("meta"):  # takes no memory, and draws no random numbers
+        made = _run_time(type(network)(**settings(network)))
+    now = _run_time(network)
+    names = sorted(made.keys() | now.keys())
+    return [[name, now.get(name)] for name in names if now.get(name) != made.get(name)]
+
+
+def _run_time(network: nn.Module) -> dict[str, Any]:
+    """Each module's class, and what it holds of `RUN_TIME`."""
+    seen: dict[int, Any] = {}
+    return {
+        name: [_described(type(module), seen), _described(_held(module), seen)]
+        for name, module in network.named_modules()
+    }
+
+
+def _held(module: nn.Module) -> dict[str, Any]:
+    held = {name: vars(module)[name] for name in RUN_TIME if name in vars(module)}
+    # Processors of diffusers differ in speed and memory, not in what they compute.
+    own = {name: value for name, value in held.items() if _package(type(value)) != "diffusers"}
+    return {name: value for name, value in own.items() if value is not None}
 
 
 def _package(thing: Any) -> str:

@@ -16,6 +16,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from . import families
 from .adapters import EDMNetwork
+from .code_key import changes, settings
 from .conditions import Conditions
 from .denoiser import Denoiser, call_network
 from .errors import (
@@ -381,18 +382,19 @@ def describe(denoiser: Denoiser, scheduler: SchedulerMixin) -> dict[str, Any]:
     Plain data, but for a table of conditions, which is the denoiser's own.
 
     Raises:
-        InvalidArgumentError: if the network is not a diffusers model of a known family.
+        InvalidArgumentError: if that would not be all, see `can_describe`.
     """
     network: Any = denoiser.network
     if not can_describe(denoiser, scheduler):
         raise InvalidArgumentError(
             "student",
             type(network).__name__,
-            "only diffusers' known families can be described: pass the denoiser itself.",
+            "only diffusers' known families, without adapters and changes at run time, can be "
+            "described: pass the denoiser itself.",
         )
     return {
         "class": type(network).__name__,
-        "network": {key: value for key, value in network.config.items() if key[0] != "_"},
+        "network": settings(network),
         "dtype": str(denoiser.dtype).removeprefix("torch."),
         "scheduler": [type(scheduler).__name__, dict(scheduler.config)],
         "latent_size": denoiser.latent_shape[1:],
@@ -406,9 +408,15 @@ def describe(denoiser: Denoiser, scheduler: SchedulerMixin) -> dict[str, Any]:
 
 
 def can_describe(denoiser: Denoiser, scheduler: Any) -> bool:
-    """Whether network and scheduler are diffusers', of a known family, and called as that is."""
+    """Whether a description says all of network and scheduler.
+
+    They must be diffusers', of a known family, called as that is, and the network as it was made:
+    without adapters, FreeU, or attention of one's own.
+    """
     known = families.NETWORKS.get(type(denoiser.network)) is denoiser.call
-    return known and isinstance(scheduler, SchedulerMixin)
+    kind = type(scheduler)
+    known = known and getattr(diffusers, kind.__name__, None) is kind
+    return known and not changes(denoiser.network)
 
 
 def build_from_description(description: Mapping[str, Any]) -> Denoiser:

@@ -21,9 +21,10 @@ from diffusers import (
     UNet2DModel,
 )
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.attention_processor import AttnProcessor
 from gymnasium import spaces
 from small_world import lines_of, tell_apart
-from tiny_models import FAMILIES
+from tiny_models import FAMILIES, pixel_unet
 from torch import nn
 
 from agents.choices import make_head
@@ -413,9 +414,20 @@ def with_own_class(kind: type) -> Denoiser:
     return Denoiser(kind.from_config(like.network.config), like.schedule, "epsilon", (2, 4, 4))
 
 
+class OwnAttention(AttnProcessor):
+    """Attention that is not diffusers'."""
+
+
+def with_own_attention() -> Denoiser:
+    network = pixel_unet(add_attention=True, attention_head_dim=4)
+    network.mid_block.attentions[0].set_processor(OwnAttention())
+    return build_denoiser(network, COSINE, {})
+
+
 STRANGERS = {
     "an own call": with_own_call,
     "an own call of EDM's network": with_own_call_inside,
+    "own attention": with_own_attention,
     "an own model": functools.partial(with_own_class, OwnNetwork),
     "an own subclass": functools.partial(with_own_class, OwnUNet),
 }
@@ -426,7 +438,7 @@ def test_what_diffusers_would_not_compute_is_not_exported(tmp_path, make):
     """Its folder would load, and give other samples."""
     student = make()
     assert not can_export(student)
-    with pytest.raises(InvalidArgumentError, match=r"call= of one's own.*state_dict"):
+    with pytest.raises(InvalidArgumentError, match=r"of one's own.*state_dict"):
         export_student(student, (800.0, 300.0), COSINE.config, tmp_path / "student")
     assert not list(tmp_path.iterdir())
 

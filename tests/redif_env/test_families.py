@@ -17,7 +17,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
-from tiny_models import FAMILIES, PROMPTS
+from diffusers.models.attention_processor import AttnProcessor
+from tiny_models import BETAS, FAMILIES, PROMPTS, STEPS, stable_diffusion
 
 import redif_env.prompts
 from agents import ReDiFPPO
@@ -252,6 +253,95 @@ def test_a_pipeline_in_memory_is_not_taken_for_its_folder(text_folder):
     assert load_teacher(text_folder, prompts=PROMPTS).source == str(text_folder)
 
 
+class HalfAttention(AttnProcessor):
+    """Attention that is not diffusers'."""
+
+    def __call__(self, *args, **kwargs):
+        return 0.5 * super().__call__(*args, **kwargs)
+
+
+def add_adapter(pipeline):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=4, target_modules=["to_q", "conv1"], init_lora_weights=False)
+    pipeline.unet.add_adapter(lora, "style")
+
+
+def weaken_adapter(pipeline):
+    pipeline.set_adapters("style", 0.2)
+
+
+RUN_TIME = {
+    "FreeU": lambda pipeline: pipeline.unet.enable_freeu(0.9, 0.2, 1.5, 1.6),
+    "attention of one's own": lambda pipeline: pipeline.unet.set_attn_processor(HalfAttention()),
+    "an adapter": add_adapter,
+}
+
+
+def pipeline_of_three_blocks():
+    """FreeU changes the first two of the upward ones, of skip connections with as many channels."""
+    return stable_diffusion(
+        DDIMScheduler(clip_sample=False, **BETAS, **STEPS),
+        block_out_channels=(8, 16, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    )
+
+
+@pytest.mark.parametrize("change", RUN_TIME.values(), ids=RUN_TIME)
+def test_what_was_done_to_a_live_network_is_in_its_student_and_in_the_key(change, tmp_path):
+    """Its config does not tell: what is made of it, or was cached before, would be another."""
+    pipeline = pipeline_of_three_blocks()
+    teacher = load_teacher(pipeline, num_steps=2, prompts=PROMPTS)
+    x_T, rows, t = torch.ones(3, 4, 8, 8), torch.arange(3), torch.full((3,), 500.0)
+    key, before = teacher.fingerprint(), teacher.denoiser(x_T, t, rows)
+    assert can_describe(teacher.denoiser, teacher.make_solver())
+    change(pipeline)
+    after = teacher.denoiser(x_T, t, rows)
+    assert (after - before).abs().max() > 1e-3
+    assert teacher.fingerprint() != key
+    assert not can_describe(teacher.denoiser, teacher.make_solver())
+    bank = TeacherBank.build(teacher, 4, cache_dir=tmp_path)
+    env = ReDiFVectorEnv(2, teacher, bank=bank, schedule="uniform", num_steps=2, group_size=2)
+    student = ReDiFPPO("StudentPolicy", env, batch_size=4).student()
+    torch.testing.assert_close(student(x_T, t, rows), after, **SAME)
+
+
+def test_the_scale_of_an_adapter_is_in_the_key():
+    pipeline = pipeline_of_three_blocks()
+    add_adapter(pipeline)
+    teacher = load_teacher(pipeline, num_steps=2, prompts=PROMPTS)
+    key = teacher.fingerprint()
+    weaken_adapter(pipeline)
+    assert teacher.fingerprint() != key
+    pipeline.set_adapters("style", 1.0)
+    assert teacher.fingerprint() == key
+
+
+def test_other_ways_to_compute_the_same_change_nothing():
+    """Negative control: diffusers' own attention in slices, FreeU on and off again."""
+    pipeline = pipeline_of_three_blocks()
+    teacher = load_teacher(pipeline, num_steps=2, prompts=PROMPTS)
+    key = teacher.fingerprint()
+    pipeline.enable_attention_slicing(1)
+    pipeline.unet.enable_freeu(0.9, 0.2, 1.5, 1.6)
+    pipeline.unet.disable_freeu()
+    assert teacher.fingerprint() == key
+    assert can_describe(teacher.denoiser, teacher.make_solver())
+
+
+class OwnScheduler(DDIMScheduler):
+    """Of no class of diffusers."""
+
+
+def test_a_scheduler_of_ones_own_class_is_not_described():
+    pipeline = FAMILIES["pixels"].make()
+    pipeline.register_modules(scheduler=OwnScheduler(clip_sample=False))
+    teacher = load_teacher(pipeline, num_steps=2)
+    assert not can_describe(teacher.denoiser, teacher.make_solver())
+    with pytest.raises(InvalidArgumentError, match="can be described"):
+        describe(teacher.denoiser, teacher.make_solver())
+
+
 def test_a_variant_of_the_files(tmp_path, own_cache):
     """Half-precision files alone: the network has the dtype that is asked for."""
     pipeline = FAMILIES["Stable Diffusion 2"].make().to(torch.float16)
@@ -309,9 +399,13 @@ def test_published_folders_name_a_class_that_has_another_name_now(tmp_path, name
     family = FAMILIES[name]
     made(name).save_pretrained(tmp_path / "pipeline")
     now = load_teacher(tmp_path / "pipeline", num_steps=2, **family.options)
-    rename(tmp_path / "pipeline", "transformer", "Transformer2DModel")
+    rename(tmp_path / "pipeline", "transformer", "Transformer2DModel", num_vector_embeds=None)
     then = load_teacher(tmp_path / "pipeline", num_steps=2, **family.options)
-    assert then.fingerprint() == now.fingerprint()
+    for one, two in zip(*(t.denoiser.network.parameters() for t in (now, then)), strict=True):
+        assert torch.equal(one, two)
+    # Settings that the class has no longer do no harm to what is made of it.
+    made_again = build_from_description(describe(then.denoiser, then.make_solver()))
+    assert type(made_again.network) is type(now.denoiser.network)
     rename(tmp_path / "pipeline", "transformer", "Transformer3DModel")
     with pytest.raises(TeacherFolderError, match="networks can be"):  # negative control
         load_teacher(tmp_path / "pipeline", num_steps=2, **family.options)
@@ -465,9 +559,10 @@ BAD = {
 }
 
 
-def rename(folder, part, name):
+def rename(folder, part, name, **changes):
     path = folder / part / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "_class_name": name}))
+    config = {**json.loads(path.read_text()), "_class_name": name, **changes}
+    path.write_text(json.dumps(config))
 
 
 def edit_class(folder, part, name):
