@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
-from collections.abc import Sequence
+import mmap
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,10 +144,24 @@ def _as_array(value: Tensor, declared: Any) -> np.ndarray[Any, Any]:
 
 
 def _hash(path: Path) -> str:
-    """Hex digest of the graph and of the weights that large ones keep beside them (`NAME.data`)."""
+    """Hex digest of the graph and of the files beside it that it keeps weights in."""
     digest = hashlib.sha256()
-    for file in [path, *sorted(path.parent.glob(f"{glob.escape(path.name)}?data"))]:
+    with (
+        open(path, "rb") as stream,
+        mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as graph,
+    ):
+        digest.update(graph)
+        files = sorted({path.parent / name for name in _locations(graph)})
+    for file in filter(Path.is_file, files):
         with open(file, "rb") as stream:
             while block := stream.read(2**20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def _locations(graph: mmap.mmap) -> Iterator[str]:
+    """Names of files with weights, which a graph has as protobuf's key "location" and its value."""
+    for key in re.finditer(rb"\n\x08location\x12([\x80-\xff]?)([\x00-\x7f])", graph):
+        low, high = key.groups()  # the value's length, seven bits a byte, the low ones first
+        length = (low[0] & 127) + 128 * high[0] if low else high[0]
+        yield graph[key.end() : key.end() + length].decode(errors="replace")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import parallel
-from .code_key import own_code
+from .code_key import changes, own_code
 from .codec import Codec
 from .denoiser import Denoiser
 from .errors import CacheError, InvalidArgumentError, check_choice, check_device, check_integer
@@ -139,6 +139,7 @@ class Teacher:
             _scales(self.denoiser.schedule),
             *architecture(self.denoiser.network),
             *own_code(self.denoiser.network, self.denoiser.call),
+            *changes(self.denoiser.network),
         ]
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
         _update(digest, self.denoiser.network.state_dict())
