@@ -93,6 +93,12 @@ DISTILLED_OPTIONS = {
     "true_cfg_scale": "guidance_scale",
     "negative_prompt": "negative_prompt",
 }
+# For latents of another size than the network's own.
+PICTURE_SIZE = {
+    "height": 'info["latent_size"][0] * pipe.vae_scale_factor',
+    "width": 'info["latent_size"][1] * pipe.vae_scale_factor',
+    "use_resolution_binning": "False",
+}
 # The student's times count, not sigmas of the teacher's sampler.
 NO_SIGMAS = {
     "use_karras_sigmas": False,
@@ -521,6 +527,7 @@ def describe_student(student: Denoiser, grid: Tensor) -> dict[str, Any]:
     distilled = student.conditions.tensors().get("guidance")
     if distilled is not None:
         known["distilled_guidance"] = float(distilled[0])
+    known["latent_size"] = list(student.latent_shape[1:])
     return {**known, "negative_prompt": student.conditions.null_text}
 
 
@@ -586,6 +593,8 @@ def _pipeline_snippet(student: Denoiser, index: Mapping[str, Any]) -> str:
     _check_guidance(student, known, set(used.values()), index["_class_name"])
     prompt = json.dumps((student.conditions.texts or ["a prompt"])[0])[1:-1]
     given = dict([_times(student)]) | {name: f'info["{key}"]' for name, key in used.items()}
+    if known["latent_size"] != _own_size(_diffusers_network(student)):
+        given |= {name: size for name, size in PICTURE_SIZE.items() if name in taken}
     text = ", ".join(map("=".join, given.items()))
     # diffusers wants to be told of encoders that are left out on purpose.
     absent = "".join(f", {name}=None" for name in index if _is_absent_text(name, index[name]))
@@ -608,6 +617,12 @@ def _check_guidance(
             f"{pipeline} can not be told of it: distil with guidance_scale=1, or with more and "
             "what the pipeline takes.",
         )
+
+
+def _own_size(network: Any) -> list[int]:
+    """Height and width of the latents of pictures that a pipeline makes unasked."""
+    size = families.latent_shape(network)[1]
+    return [size, size] if isinstance(size, int) else list(size or ())
 
 
 def _is_absent_text(name: str, value: Any) -> bool:

@@ -126,7 +126,6 @@ def test_the_readme_gives_the_students_own_samples(given, exported, monkeypatch)
         if given.teacher.codec is not None:
             wanted = given.teacher.codec.decode(wanted)
     if isinstance(given.family.make(), FluxPipeline):  # noise is given in tokens
-        lines = lines.replace("output_type=", "height=16, width=16, output_type=")
         x_T = FluxPipeline._pack_latents(x_T, *x_T.shape)
     monkeypatch.chdir(exported)
     scope = {"x_T": x_T}
@@ -181,6 +180,22 @@ def test_an_edm_student_of_prompts_is_sampled_by_its_pipeline(tmp_path, monkeypa
         wanted = schedules.sample(student, x_T, torch.tensor([0]), grid)
     # It starts at the root of sigma^2 + 1.
     torch.testing.assert_close(scope["x"], wanted, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["Stable Diffusion 2", "PixArt"])
+def test_the_readme_makes_pictures_of_the_students_size(tmp_path, monkeypatch, name):
+    options = {**FAMILIES[name].options, "latent_size": (16, 8)}
+    FAMILIES[name].make().save_pretrained(tmp_path / "pipeline")
+    teacher = load_teacher(tmp_path / "pipeline", num_steps=2, **options)
+    config = teacher.make_solver().config
+    folder = export_student(
+        teacher.denoiser, GRID, config, tmp_path / "student", find_base(teacher)
+    )
+    monkeypatch.chdir(folder)
+    scope: dict = {}
+    exec(lines_of(folder), scope)
+    assert scope["x"].shape == (1, 3, 32, 16)
+    assert json.loads((folder / "redif.json").read_text())["latent_size"] == [16, 8]
 
 
 def test_a_pipeline_of_an_unknown_class_is_no_pipeline_to_call(tmp_path):
