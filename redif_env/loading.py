@@ -27,7 +27,8 @@ from .errors import (
     check_integer,
     check_number,
 )
-from .noise import FlowSchedule, NoiseSchedule, VESchedule, VPSchedule
+from .noise import VESchedule, prediction_type
+from .noise import noise_schedule as noise_schedule  # where others look for it
 from .prompts import encode_prompts, load_prompts, read_texts
 from .solvers import KernelSolver
 from .teacher import Teacher
@@ -61,41 +62,6 @@ class Parts(NamedTuple):
     folder: Path | None = None
     pipeline: Any = None
     variant: str | None = None
-
-
-def noise_schedule(scheduler: SchedulerMixin) -> NoiseSchedule:
-    """The noise schedule that a diffusers scheduler steps through.
-
-    Args:
-        scheduler: Any scheduler with `alphas_cumprod` (VP), a flow-matching one (or another with
-            `use_flow_sigmas`), or an EDM one.
-
-    Raises:
-        InvalidArgumentError: for a scheduler of another kind.
-    """
-    config = scheduler.config
-    name = type(scheduler).__name__
-    if name.startswith("FlowMatch") or config.get("use_flow_sigmas"):
-        return FlowSchedule(config.num_train_timesteps)
-    if name.startswith("EDM"):
-        return VESchedule(
-            config.sigma_min, config.sigma_max, config.rho, config.num_train_timesteps
-        )
-    if hasattr(scheduler, "alphas_cumprod"):
-        alpha_bar = scheduler.alphas_cumprod.clone()
-        if config.get("rescale_betas_zero_snr"):
-            alpha_bar[-1] = 0.0  # some write 2^-24, which can be more than the entry before it
-        return VPSchedule(alpha_bar)
-    raise InvalidArgumentError(
-        "scheduler", name, "pass a scheduler with alphas_cumprod, a FlowMatch* or an EDM* one."
-    )
-
-
-def prediction_type(scheduler: SchedulerMixin) -> str:
-    """What the network of `scheduler` predicts, as diffusers names it."""
-    if type(scheduler).__name__.startswith("FlowMatch"):
-        return "flow_prediction"
-    return str(scheduler.config.get("prediction_type", "epsilon"))
 
 
 def load_denoiser(

@@ -11,6 +11,7 @@ sigma 0), so that a sampler's last step ends there exactly. See docs/decisions.m
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -199,6 +200,41 @@ class FlowSchedule(NoiseSchedule):
 
     def sigma(self, t: Tensor) -> Tensor:
         return self.snap(t).float() / self.num_train_timesteps
+
+
+def noise_schedule(scheduler: Any) -> NoiseSchedule:
+    """The noise schedule that a diffusers scheduler steps through.
+
+    Args:
+        scheduler: Any scheduler with `alphas_cumprod` (VP), a flow-matching one (or another with
+            `use_flow_sigmas`), or an EDM one.
+
+    Raises:
+        InvalidArgumentError: for a scheduler of another kind.
+    """
+    config = scheduler.config
+    name = type(scheduler).__name__
+    if name.startswith("FlowMatch") or config.get("use_flow_sigmas"):
+        return FlowSchedule(config.num_train_timesteps)
+    if name.startswith("EDM"):
+        return VESchedule(
+            config.sigma_min, config.sigma_max, config.rho, config.num_train_timesteps
+        )
+    if hasattr(scheduler, "alphas_cumprod"):
+        alpha_bar = scheduler.alphas_cumprod.clone()
+        if config.get("rescale_betas_zero_snr"):
+            alpha_bar[-1] = 0.0  # some write 2^-24, which can be more than the entry before it
+        return VPSchedule(alpha_bar)
+    raise InvalidArgumentError(
+        "scheduler", name, "pass a scheduler with alphas_cumprod, a FlowMatch* or an EDM* one."
+    )
+
+
+def prediction_type(scheduler: Any) -> str:
+    """What the network of `scheduler` predicts, as diffusers names it."""
+    if type(scheduler).__name__.startswith("FlowMatch"):
+        return "flow_prediction"
+    return str(scheduler.config.get("prediction_type", "epsilon"))
 
 
 def expand(scale: Tensor, x: Tensor) -> Tensor:

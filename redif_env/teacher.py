@@ -24,7 +24,7 @@ from .codec import Codec
 from .denoiser import Denoiser
 from .errors import CacheError, InvalidArgumentError, check_choice, check_device, check_integer
 from .files import write_tensors
-from .noise import NoiseSchedule, VPSchedule
+from .noise import NoiseSchedule, noise_schedule, prediction_type
 
 # Independent streams of noise: each split adds its own constant to the seed's hash.
 SPLITS = ("train", "validation", "test")
@@ -209,25 +209,35 @@ def _check_solver(solver: Any, denoiser: Denoiser) -> None:
         )
     schedule, config = denoiser.schedule, solver.config
     length = config.get("num_train_timesteps", schedule.num_train_timesteps)
-    table = getattr(solver, "alphas_cumprod", None)
-    same = length == schedule.num_train_timesteps
-    if same and isinstance(schedule, VPSchedule) and table is not None:
-        # The first entry is the data in ours. Zero terminal SNR is 2^-24 in some schedulers.
-        own = schedule.alpha_table.cpu().square()
-        same = torch.allclose(table[1:].cpu().float(), own[1:], rtol=0, atol=1e-4)
-    if not same:
+    if length != schedule.num_train_timesteps or not _same_process(solver, schedule):
         raise InvalidArgumentError(
             "make_solver",
             name,
             "it has another noise schedule than the denoiser: use the same config.",
         )
     predicts = config.get("prediction_type", denoiser.prediction_type)
+    if name.startswith("FlowMatch"):  # their configs do not say
+        predicts = prediction_type(solver)
     if predicts != denoiser.prediction_type:
         raise InvalidArgumentError(
             "make_solver",
             f"{name} of a {predicts} network",
             f"make it with prediction_type={denoiser.prediction_type!r}, as the denoiser.",
         )
+
+
+def _same_process(solver: Any, schedule: NoiseSchedule) -> bool:
+    """Whether a solver's scales are the schedule's, as far as the solver is known to tell."""
+    try:
+        other = noise_schedule(solver)
+    except (InvalidArgumentError, AttributeError):  # of one's own
+        return True
+    own = copy.deepcopy(schedule).to("cpu")
+    t = torch.arange(1.0, own.num_train_timesteps)  # time 0 is the data in ours
+    # Zero terminal SNR is 2^-24 in some schedulers.
+    return torch.allclose(own.alpha(t) ** 2, other.alpha(t) ** 2, rtol=0, atol=1e-4) and (
+        torch.allclose(own.sigma(t) ** 2, other.sigma(t) ** 2, rtol=1e-3, atol=1e-4)
+    )
 
 
 def _check_steps(make_solver: Callable[[], Any], num_steps: int, denoiser: Denoiser) -> None:

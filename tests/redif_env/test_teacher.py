@@ -29,7 +29,7 @@ from safetensors import safe_open
 from redif_env import Denoiser, Teacher, TeacherBank, load_teacher
 from redif_env.errors import CacheError, InvalidArgumentError
 from redif_env.loading import BUNDLED, build_from_description, describe
-from redif_env.noise import FlowSchedule
+from redif_env.noise import FlowSchedule, SDESchedule, VESchedule, VPSchedule
 from redif_env.teacher import cache_folder, split_seed
 
 DIGITS = BUNDLED["digits"]
@@ -460,6 +460,59 @@ def test_a_solver_that_fails_or_has_another_axis_of_time_is_refused(
     with pytest.raises(InvalidArgumentError, match=message) as caught:
         Teacher(teacher.denoiser, lambda: kind.from_config(config, **options), num_steps)
     assert caught.value.argument == "make_solver"
+
+
+VP = VPSchedule(DDIMScheduler().alphas_cumprod)
+OTHER_PROCESSES = {
+    "VP, flow matching's solver": (VP, "epsilon", FlowMatchEulerDiscreteScheduler),
+    "VP, a solver of flow sigmas": (
+        VP,
+        "epsilon",
+        lambda: DPMSolverMultistepScheduler(use_flow_sigmas=True),
+    ),
+    "VE, a VP solver": (VESchedule(), "epsilon", DDIMScheduler),
+    "flow matching, a VP solver": (
+        FlowSchedule(),
+        "sample",
+        lambda: DDIMScheduler(prediction_type="sample"),
+    ),
+    "flow matching, a solver of another prediction": (
+        FlowSchedule(),
+        "sample",
+        FlowMatchEulerDiscreteScheduler,
+    ),
+    "an SDE, another table": (
+        SDESchedule(),
+        "epsilon",
+        lambda: DDIMScheduler(beta_schedule="squaredcos_cap_v2"),
+    ),
+    "a sub-VP SDE, the VP one's table": (
+        SDESchedule(sub=True),
+        "epsilon",
+        lambda: DDIMScheduler(trained_betas=betas_of(SDESchedule())),
+    ),
+}
+
+
+def betas_of(schedule):
+    """Diffusers' betas of a continuous schedule at whole times."""
+    alpha_bar = schedule.alpha(torch.arange(0.0, 1000)).double().square()
+    return (1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])).tolist()
+
+
+@pytest.mark.parametrize("case", OTHER_PROCESSES.values(), ids=OTHER_PROCESSES)
+def test_a_solver_of_another_kind_of_process_is_refused(case):
+    schedule, predicts, make_solver = case
+    denoiser = Denoiser(torch.nn.Identity(), schedule, predicts, (2,))
+    with pytest.raises(InvalidArgumentError, match=r"noise schedule|prediction_type") as caught:
+        Teacher(denoiser, make_solver, 3)
+    assert caught.value.argument == "make_solver"
+
+
+def test_a_solver_with_the_scales_of_another_class_of_schedule_is_taken():
+    denoiser = Denoiser(torch.nn.Identity(), SDESchedule(), "epsilon", (2,))
+    make_solver = functools.partial(DDIMScheduler, trained_betas=betas_of(SDESchedule()))
+    assert Teacher(denoiser, make_solver, 3).num_steps == 3
 
 
 def test_flow_matching_from_data_to_noise_is_refused():
