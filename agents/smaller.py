@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+from diffusers import UNet2DModel
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -80,8 +81,15 @@ def narrower(network: Any, fraction: float) -> dict[str, Any]:
         `block_out_channels` and `norm_num_groups`.
 
     Raises:
-        InvalidArgumentError: for a share that is nearer to no parameters than to the narrowest.
+        InvalidArgumentError: for a share that is nearer to no parameters than to the narrowest, and
+            for another kind of network.
     """
+    if not isinstance(network, UNet2DModel):
+        raise InvalidArgumentError(
+            "student",
+            fraction,
+            f"pass None, or settings: only UNet2DModel is narrowed, not {type(network).__name__}.",
+        )
     config = network.config
     groups = config.norm_num_groups
     wanted = fraction * count_parameters(network)

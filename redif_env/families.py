@@ -26,7 +26,8 @@ from .denoiser import Call, Told
 from .errors import InvalidArgumentError
 
 Rows: TypeAlias = dict[str, Tensor]
-ADDED = ("text_embeds", "time_ids", "resolution", "aspect_ratio")
+SDXL = ("text_embeds", "time_ids")
+ADDED = (*SDXL, "resolution", "aspect_ratio")
 GUIDANCE = "guidance"
 
 
@@ -41,6 +42,8 @@ def call_diffusers(network: Any, x_t: Tensor, t: Tensor, told: Told) -> Tensor:
         rows["added_cond_kwargs"] = added
     if rows.get("class_labels", 0) is None:
         del rows["class_labels"]
+    if network.config.get("time_embedding_type") == "learned":
+        t = t.round().long()  # a row of its table
     if GUIDANCE in rows:
         width = network.config.time_cond_proj_dim
         rows["timestep_cond"] = embed_guidance(rows.pop(GUIDANCE), width).to(x_t.dtype)
@@ -116,7 +119,19 @@ def find_class(name: Any, kinds: Sequence[type]) -> type | None:
 
 
 def classes(network: Any) -> tuple[int | None, int | None]:
-    """Number of classes of a network, and its null class, as far as its config tells."""
+    """Number of classes of a network, and its null class, as far as its config tells.
+
+    Raises:
+        InvalidArgumentError: for a network whose classes are no numbers to count.
+    """
+    kind = network.config.get("class_embed_type")
+    if isinstance(network, UNet2DModel) and kind is not None:
+        raise InvalidArgumentError(
+            "teacher",
+            f"class_embed_type={kind!r}",
+            "its classes are no numbers to choose from: pass conditions=Conditions(...) with rows "
+            "for class_labels.",
+        )
     if isinstance(network, DiTTransformer2DModel):
         number = network.config.num_embeds_ada_norm
         return number, number  # trained with dropout of the class, which has an embedding too
@@ -155,6 +170,8 @@ def check_table(network: Any, tensors: Rows) -> None:
     width = next((network.config[key] for key in settings if network.config.get(key)), None)
     if needs_table(network) and name not in tensors:
         raise InvalidArgumentError("conditions", sorted(tensors), f"it needs {name}.")
+    if network.config.get("addition_embed_type") == "text_time" and not set(SDXL) <= set(tensors):
+        raise InvalidArgumentError("conditions", sorted(tensors), f"it needs {' and '.join(SDXL)}.")
     if name in tensors and isinstance(width, int) and tensors[name].shape[-1] != width:
         raise InvalidArgumentError(
             "conditions", tuple(tensors[name].shape), f"pass {name} of width {width}."

@@ -11,7 +11,13 @@ from typing import Any, NamedTuple
 
 import diffusers
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, FluxTransformer2DModel
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DiTTransformer2DModel,
+    FluxTransformer2DModel,
+)
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from . import families
@@ -36,6 +42,7 @@ from .untrusted import check_folder, check_room, read_json
 
 BUNDLED = {"digits": Path(__file__).parent / "assets" / "digits"}
 METADATA = "redif.json"
+BETAS_OF_DDPM = ("sigmoid", "laplace")  # by names that DDIM does not know
 DISTILLED_GUIDANCE = 3.5  # of Flux-dev's pipeline
 # What pipelines call the part that denoises, and the one that decodes.
 NETWORK_NAMES = ("unet", "transformer")
@@ -110,12 +117,7 @@ def build_denoiser(
         latent_size: Height and width of the latents; default: the network's own.
         batch_size: See `Denoiser`.
     """
-    num_classes, null_class = families.classes(network)
-    if conditions is None:
-        num_classes = metadata.get("num_classes", num_classes)
-        null_class = metadata.get("null_class", null_class)
-    else:
-        num_classes = null_class = None
+    classes = (None, None) if conditions is not None else _classes(network, metadata)
     schedule, predicts = noise_schedule(scheduler), prediction_type(scheduler)
     call, module = families.NETWORKS[type(network)], network
     if isinstance(schedule, VESchedule):
@@ -128,8 +130,8 @@ def build_denoiser(
         schedule,
         predicts,
         (families.latent_shape(network)[0], *_size(network, latent_size)),
-        num_classes=num_classes,
-        null_class=null_class,
+        num_classes=classes[0],
+        null_class=classes[1],
         conditions=conditions,
         guidance_scale=guidance_scale,
         guidance_rescale=guidance_rescale,
@@ -137,6 +139,23 @@ def build_denoiser(
         batch_size=batch_size,
         solver_order=metadata.get("solver_order", 1),
     )
+
+
+def _classes(network: Any, metadata: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Number of classes and the null class, which the metadata knows better than the config.
+
+    Raises:
+        TeacherFolderError: for more of them than the network has embeddings.
+    """
+    number, null = families.classes(network)
+    room = None if number is None else number + (null is not None)
+    told = metadata.get("num_classes", number), metadata.get("null_class", null)
+    most = [value + n for n, value in enumerate(told) if isinstance(value, int)]  # embeddings
+    if room is not None and max(most, default=0) > room:
+        raise TeacherFolderError(
+            "teacher", dict(metadata), f"{METADATA} must name classes of the network, below {room}."
+        )
+    return told
 
 
 def load_teacher(
@@ -240,10 +259,13 @@ def solver_maker(scheduler: SchedulerMixin, denoiser: Denoiser) -> Callable[[], 
             families.flow_solver, type(scheduler), scheduler.config, network, tokens
         )
     kind = DDIMScheduler if isinstance(scheduler, DDPMScheduler) else type(scheduler)
-    # Variances that the network predicts are left out, see families.call_diffusers.
-    learned = {"variance_type": None} if scheduler.config.get("variance_type") else {}
-    changes = learned if kind is type(scheduler) else {}
-    return functools.partial(kind.from_config, scheduler.config, **changes)
+    changed: dict[str, Any] = {}
+    if kind is type(scheduler):
+        # Variances that the network predicts are left out, see families.call_diffusers.
+        changed = {"variance_type": None} if scheduler.config.get("variance_type") else {}
+    elif scheduler.config.beta_schedule in BETAS_OF_DDPM:
+        changed = {"trained_betas": scheduler.betas.tolist()}
+    return functools.partial(kind.from_config, scheduler.config, **changed)
 
 
 def take_apart(
@@ -326,7 +348,8 @@ def make_table(
         raise InvalidArgumentError(
             "prompts",
             None,
-            f"{name} needs conditions: pass prompts, or conditions=Conditions(...).",
+            f"{name} needs conditions: load it with load_teacher(..., prompts=...) or with "
+            "conditions=Conditions(...).",
         )
     texts = read_texts(prompts)
     if parts.pipeline is not None:
@@ -517,6 +540,8 @@ def _size(network: Any, latent_size: int | tuple[int, ...] | None) -> tuple[int,
     for length in (height, width):
         if check_integer("latent_size", length, 1) % side:
             raise InvalidArgumentError("latent_size", size, f"pass multiples of {side}.")
+    if height != width and isinstance(network, DiTTransformer2DModel):
+        raise InvalidArgumentError("latent_size", size, "pass one number: DiT's are squares.")
     return height, width
 
 

@@ -201,11 +201,13 @@ def encode_prompts(pipeline: Any, texts: Sequence[str], negative: str | None) ->
     Raises:
         InvalidArgumentError: for a pipeline of another family.
     """
-    name = type(pipeline).__name__
-    encode = next((e for start, e in ENCODERS.items() if name.startswith(start)), None)
+    names = [kind.__name__ for kind in type(pipeline).__mro__]
+    encode = next((ENCODERS[name] for name in names if name in ENCODERS), None)
     if encode is None:
         raise InvalidArgumentError(
-            "source", name, "its prompts can not be encoded yet: pass conditions=Conditions(...)."
+            "source",
+            names[0],
+            "its prompts can not be encoded yet: pass conditions=Conditions(...).",
         )
     with torch.no_grad():
         parts = [
@@ -267,11 +269,12 @@ def _encode_flux(pipeline: Any, texts: list[str], negative: str | None) -> tuple
     )
 
 
-# By how the names of a family's pipelines start; the first that fits counts.
+# By pipeline, or what it derives from.
 ENCODERS: dict[str, Encode] = {
-    "StableDiffusionXL": _encode_sdxl,
+    "StableDiffusionXLPipeline": _encode_sdxl,
     "StableDiffusionPipeline": _encode_stable_diffusion,
-    "PixArt": _encode_pixart,
-    "StableDiffusion3": _encode_sd3,
+    "PixArtAlphaPipeline": _encode_pixart,
+    "PixArtSigmaPipeline": _encode_pixart,
+    "StableDiffusion3Pipeline": _encode_sd3,
     "FluxPipeline": _encode_flux,
 }

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
+from tiny_models import dit
 
 from agents import ReDiFPPO, distill, distillation, smaller
 from agents.baselines import OutputRegression
@@ -326,6 +327,13 @@ def test_impossible_students_are_refused_before_the_teacher_is_asked(tmp_path, s
     assert caught.value.argument == "student"
     assert teacher.denoiser.network_evaluations == 0
     assert not list(tmp_path.iterdir())
+
+
+def test_a_share_of_another_kind_of_network_is_refused(tmp_path):
+    teacher = load_teacher(dit(), num_steps=2)
+    with pytest.raises(InvalidArgumentError, match="only UNet2DModel is narrowed") as caught:
+        distill(teacher, **SMALL, student=0.25, out=tmp_path / "run")
+    assert caught.value.argument == "student"
 
 
 @pytest.mark.parametrize("warm_up", [-1, 1.5, True])

@@ -12,16 +12,18 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
     DiffusionPipeline,
     EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
 from diffusers.models.attention_processor import AttnProcessor
-from tiny_models import BETAS, FAMILIES, PROMPTS, STEPS, stable_diffusion
+from tiny_models import BETAS, FAMILIES, PROMPTS, STEPS, pixel_unet, plain_loop, stable_diffusion
 
 import redif_env.prompts
-from agents import ReDiFPPO
+from agents import ReDiFPPO, distill
 from redif_env import Conditions, ReDiFVectorEnv, TeacherBank, load_denoiser, load_teacher
 from redif_env import transition as kernel
 from redif_env.errors import (
@@ -329,6 +331,38 @@ def test_other_ways_to_compute_the_same_change_nothing():
     assert can_describe(teacher.denoiser, teacher.make_solver())
 
 
+ODD_PIXELS = {
+    "a table of times": (None, {"time_embedding_type": "learned", "num_train_timesteps": 1000}),
+    "betas of a sigmoid": (DDPMScheduler(beta_schedule="sigmoid", clip_sample=False), {}),
+    "betas of Laplace's distribution": (
+        DDPMScheduler(beta_schedule="laplace", clip_sample=False),
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize(("scheduler", "config"), ODD_PIXELS.values(), ids=ODD_PIXELS)
+def test_pipelines_of_pixels_with_rare_settings(scheduler, config):
+    pipeline = pixels(scheduler, **config)
+    teacher = load_teacher(pipeline, num_steps=4)
+    x_T = teacher.denoiser.initial_noise(2, torch.Generator().manual_seed(0))
+    solver = DDIMScheduler(trained_betas=pipeline.scheduler.betas.tolist(), clip_sample=False)
+    stock = DDPMPipeline(pipeline.unet, solver)
+    torch.testing.assert_close(teacher.sample(x_T), plain_loop(stock, x_T, None, 4), **SAME)
+
+
+def test_classes_within_the_embeddings_are_taken(tmp_path):
+    """Negative control of those that are refused."""
+    denoiser = with_metadata(tmp_path, num_classes=3, null_class=3).denoiser
+    assert (denoiser.num_classes, denoiser.null_class) == (3, 3)
+
+
+def test_without_prompts_the_error_says_where_to_pass_them(text_folder):
+    """`distill` and the doctor take a folder, but no prompts."""
+    with pytest.raises(InvalidArgumentError, match=r"load_teacher\(\.\.\., prompts="):
+        distill(text_folder)
+
+
 class OwnScheduler(DDIMScheduler):
     """Of no class of diffusers."""
 
@@ -482,6 +516,30 @@ def without(folder, target, *parts):
 
 
 TABLE = Conditions({"encoder_hidden_states": torch.zeros(2, 5, 16)})
+
+
+def pixels(scheduler=None, **config):
+    return DDPMPipeline(pixel_unet(**config), scheduler or DDIMScheduler(clip_sample=False))
+
+
+def with_metadata(folder, **metadata):
+    pixels(num_class_embeds=4).save_pretrained(folder / "pipeline")
+    (folder / "pipeline" / "redif.json").write_text(json.dumps(metadata))
+    return load_teacher(folder / "pipeline")
+
+
+def as_control_net(folder):
+    """An index as that of an SDXL pipeline with a ControlNet, which would be left out."""
+    made("SDXL").save_pretrained(folder / "pipeline")
+    path = folder / "pipeline" / "model_index.json"
+    changes = {
+        "_class_name": "StableDiffusionXLControlNetPipeline",
+        "controlnet": ["diffusers", "ControlNetModel"],
+    }
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return load_teacher(folder / "pipeline", prompts=PROMPTS)
+
+
 BAD = {
     "no prompts": (lambda f, tmp: load_teacher(f), InvalidArgumentError, "prompts"),
     "guidance on a table without null": (
@@ -540,6 +598,38 @@ BAD = {
         ),
         InvalidArgumentError,
         "conditions",
+    ),
+    "a table without what SDXL is told beside the text": (
+        lambda f, tmp: load_teacher(
+            made("SDXL"), conditions=Conditions({"encoder_hidden_states": torch.zeros(2, 5, 32)})
+        ),
+        InvalidArgumentError,
+        "conditions",
+    ),
+    "latents of DiT that are no square": (
+        lambda f, tmp: load_teacher(made("DiT"), latent_size=(8, 16)),
+        InvalidArgumentError,
+        "latent_size",
+    ),
+    "classes that are no numbers": (
+        lambda f, tmp: load_teacher(pixels(class_embed_type="timestep")),
+        InvalidArgumentError,
+        "teacher",
+    ),
+    "more classes than embeddings": (
+        lambda f, tmp: with_metadata(tmp, num_classes=10, null_class=3),
+        TeacherFolderError,
+        "teacher",
+    ),
+    "a null class beyond the embeddings": (
+        lambda f, tmp: with_metadata(tmp, num_classes=4, null_class=4),
+        TeacherFolderError,
+        "teacher",
+    ),
+    "prompts of a pipeline that is told of pictures": (
+        lambda f, tmp: as_control_net(tmp),
+        InvalidArgumentError,
+        "source",
     ),
     "a table of wrong names": (
         lambda f, tmp: load_teacher(f, conditions=Conditions({"text": torch.zeros(2, 5, 16)})),
