@@ -117,6 +117,7 @@ def distill(
     min_std: float | None = None,
     gap_fraction: float | None = None,
     ema_decay: float | None = None,
+    changes: Mapping[str, Any] | None = None,
     lora_rank: int | None = None,
     lora_targets: Sequence[str] | None = None,
     micro_batch_size: int | None = None,
@@ -145,7 +146,7 @@ def distill(
         num_steps: Steps, and network evaluations, of the student.
         method: `"ppo"`, or another technique to compare with, see `baselines.METHODS`. Those make
             `iterations * num_envs / batch_size` updates, and take none of `preset`, `group_size`,
-            the options of exploration and memory, `n_epochs`, adapters and `callback`.
+            the options of exploration and memory, `n_epochs`, `changes`, adapters and `callback`.
         student: For a smaller one: its share of the teacher's parameters, such as 0.25, or settings
             of its network in place of the teacher's, such as `{"layers_per_block": 1}`. It starts
             from the teacher's corresponding weights, see `smaller.copy_weights`. None: all of it.
@@ -176,6 +177,9 @@ def distill(
         gap_fraction: Exploration std as a share of the distance to the teacher, see `ReDiFPPO`; 0
             explores with `min_std`.
         ema_decay: Of the student's moving average, an iteration.
+        changes: Further changes to the recipe, by name, such as `{"target_kl": 0.05}`: what has no
+            argument here of those that `reinforcement.train` knows; plain values, so that
+            `resume` can compare them.
         lora_rank, lora_targets: Train adapters of this rank on these layers, in place of all
             weights, see `lora.add_adapters`; the student and its folder are ordinary all the same.
         micro_batch_size: Rows that are in the student's network at once, see `ReDiFPPO`; the
@@ -216,6 +220,7 @@ def distill(
     plan = check_arguments(arguments, callback)
     reward = make_reward(reward)
     recipe = presets.preset(preset, plan.num_steps, reward)
+    recipe = reinforcement.changed(recipe, changes or {})
     if method != PPO:
         METHODS[method].check_reward(reward)
     teacher = _as_teacher(teacher, _join_processes(teacher, device, plan))

@@ -49,6 +49,7 @@ POLICY_OPTIONS = (
     "precision",
     "shard_student",
 )
+OTHERS = ("changes", "callback")  # what else PPO alone takes
 # The options of other methods than PPO.
 SHARED_OPTIONS = ("guidance_scale", "solver_order", "batch_size", "learning_rate", "ema_decay")
 
@@ -150,6 +151,7 @@ def check_arguments(given: Mapping[str, Any], callback: MaybeCallback) -> Plan:
         progress=given["progress"],
         callback=_as_callback(callback),
     )
+    _check_changes(given)
     order = check_order(given["solver_order"])
     if plan.method != PPO:
         _refuse_ppo_arguments(plan.method, {**given, "callback": callback})
@@ -170,8 +172,20 @@ def _as_callback(callback: MaybeCallback) -> BaseCallback | None:
     )
 
 
+def _check_changes(given: Mapping[str, Any]) -> None:
+    """What has an argument of its own is given there, or one of the two would be ignored."""
+    changes = given["changes"]
+    if not isinstance(changes, Mapping | None):
+        raise InvalidArgumentError(
+            "changes", changes, "pass options by name, such as {'target_kl': 0.05}."
+        )
+    for name in changes or {}:
+        if name in given:
+            raise InvalidArgumentError("changes", name, f"pass it as {name}=, without changes.")
+
+
 def _refuse_ppo_arguments(method: str, arguments: Mapping[str, Any]) -> None:
-    own = {*ENV_OPTIONS, *AGENT_OPTIONS, *POLICY_OPTIONS, "callback"} - set(SHARED_OPTIONS)
+    own = {*ENV_OPTIONS, *AGENT_OPTIONS, *POLICY_OPTIONS, *OTHERS} - set(SHARED_OPTIONS)
     refused = [name for name in arguments if name in own and arguments[name] is not None]
     refused += ["preset"] if arguments["preset"] != "default" else []
     refused += ["schedule"] if arguments["schedule"] == LEARNED else []

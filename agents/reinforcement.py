@@ -41,6 +41,7 @@ POLICY_OPTIONS = (
     "learn_std",
     "schedule_lr_scale",
 )
+MADE = ("policy", "env", "policy_kwargs", "_init_setup_model")  # arguments that are made here
 # Starts close to the grid, and stops early or late often enough to learn from it.
 ADAPTIVE_HEAD = {"kind": "beta", "adaptive": True, "concentration": 60.0, "stop_prob": 0.3}
 
@@ -215,18 +216,33 @@ def recipe_options(
     preset: str, changes: Mapping[str, Any], reward: Reward, num_steps: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arguments of the environment and of the agent, for a recipe with changes, see `train`."""
-    recipe = presets.preset(preset, num_steps, reward)
-    env, policy, agent = recipe["env"], recipe["policy"], recipe["agent"]
-    changes = {"decay": recipe["decay"], **changes}
-    decays = changes.pop("decay")
-    known = (*ENV_OPTIONS, *POLICY_OPTIONS, *inspect.signature(ReDiFPPO).parameters)
-    for name, value in changes.items():
-        check_choice("changes", name, known)
-        place = env if name in ENV_OPTIONS else policy if name in POLICY_OPTIONS else agent
-        place[name] = value
+    recipe = changed(presets.preset(preset, num_steps, reward), changes)
+    agent = recipe["agent"]
     rate = check_number("learning_rate", agent["learning_rate"])
-    agent["learning_rate"] = LinearSchedule(rate, 0.0 if decays else rate, 1.0)
-    return env, {**agent, "policy_kwargs": policy}
+    agent["learning_rate"] = LinearSchedule(rate, 0.0 if recipe["decay"] else rate, 1.0)
+    return recipe["env"], {**agent, "policy_kwargs": recipe["policy"]}
+
+
+def changed(recipe: presets.Recipe, changes: Mapping[str, Any]) -> presets.Recipe:
+    """A recipe with changes by name, see `train`.
+
+    Raises:
+        InvalidArgumentError: for a name that nothing knows.
+    """
+    recipe = copy.deepcopy(recipe)
+    options = [name for name in inspect.signature(ReDiFPPO).parameters if name not in MADE]
+    for name, value in changes.items():
+        check_choice("changes", name, ("decay", *ENV_OPTIONS, *POLICY_OPTIONS, *options))
+        if name == "decay":
+            recipe["decay"] = value
+        else:
+            recipe[_part(name)][name] = value
+    return recipe
+
+
+def _part(name: str) -> str:
+    """The part of a recipe that an option is in."""
+    return "env" if name in ENV_OPTIONS else "policy" if name in POLICY_OPTIONS else "agent"
 
 
 class _Follower(IterationCallback):

@@ -7,13 +7,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from agents import distill
 from agents.distillation import last_taken, next_free
 from redif_env import parallel
-from redif_env.errors import require
+from redif_env.errors import InvalidArgumentError, require
 
 
 @dataclasses.dataclass
@@ -54,6 +56,8 @@ class Args:
     """Smallest exploration std, in latent units."""
     gap_fraction: float | None = None
     """Exploration std as a share of the distance to the teacher; 0 explores with min_std."""
+    changes: tuple[str, ...] | None = None
+    """Further changes to the recipe, such as target_kl=0.05 adaptive_lr=true divergence=kl."""
     lora_rank: int | None = None
     """Train adapters of this rank in place of all weights; needs pip install -e ".[lora]"."""
     lora_targets: tuple[str, ...] | None = None
@@ -90,6 +94,7 @@ def main(args: Args) -> dict[str, Any]:
         choose = last_taken if args.resume else next_free
         options["out"] = choose(Path("runs") / name)
     options["schedule"] = parse_schedule(args.schedule)
+    options["changes"] = None if args.changes is None else parse_changes(args.changes)
     report = distill(**options, progress=True).report
     if parallel.is_main():
         print(table(report))
@@ -100,6 +105,20 @@ def main(args: Args) -> dict[str, Any]:
 def parse_schedule(text: str) -> str | list[float]:
     """A name as it is; times between commas as a list."""
     return [float(part) for part in text.split(",")] if text[:1].isdigit() else text
+
+
+def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
+    """Options of `name=value`: numbers, lists, true, false and null as JSON has them, or words."""
+    changes = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if not value:
+            raise InvalidArgumentError("changes", text, "write name=value, as in target_kl=0.05.")
+        try:
+            changes[name] = json.loads(value)
+        except ValueError:
+            changes[name] = value
+    return changes
 
 
 def table(report: dict[str, Any]) -> str:

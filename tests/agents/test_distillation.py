@@ -267,6 +267,16 @@ def test_a_reward_without_a_map_falls_back_to_global_credit(small):
     assert small.model.credit == "local"
 
 
+def test_changes_reach_the_agent_and_are_on_record(tmp_path):
+    changes = {"target_kl": 0.05, "adaptive_lr": True, "exploration_unit": "prediction"}
+    model = one_step(changes=changes, out=tmp_path / "run").model
+    assert (model.target_kl, model.adaptive_lr) == (0.05, True)
+    assert model.policy_kwargs["exploration_unit"] == "prediction"
+    assert model.policy_kwargs["exploration_noise"] == "rademacher"  # the recipe's
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["changes"] == changes
+
+
 class CountRollouts(BaseCallback):
     """A callback of one's own."""
 
@@ -343,6 +353,9 @@ def test_an_existing_folder_is_refused_before_anything_is_computed(tmp_path):
         ("callback", 3),
         ("callback", [CountRollouts(), 3]),
         ("min_std", "0.1"),
+        ("changes", {"target": 0.05}),
+        ("changes", ["target_kl"]),
+        ("changes", {"eta": 0.1}),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_written(tmp_path, name, value):
@@ -452,6 +465,7 @@ def test_another_method_has_the_same_report_and_folder(tmp_path, small):
         ("group_size", 4),
         ("n_epochs", 2),
         ("lora_rank", 4),
+        ("changes", {"target_kl": 0.05}),
         ("schedule", "learned"),
         ("reward", "ssim"),
         ("callback", CountRollouts()),

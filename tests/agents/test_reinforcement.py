@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from agents import reinforcement
+from agents import presets, reinforcement
 from agents.baselines import OutputRegression
 from redif_env import schedules
 from redif_env.errors import InvalidArgumentError
@@ -61,6 +61,23 @@ def test_the_recipe_is_that_of_the_number_of_steps():
 def test_a_change_that_nothing_knows_is_refused(teacher, bank):
     with pytest.raises(InvalidArgumentError, match="learning_rat'"):
         reinforcement.train(teacher, bank, GRID, iterations=1, learning_rat=1e-3)
+
+
+@pytest.mark.parametrize("name", ["policy_kwargs", "env", "policy"])
+def test_what_is_made_here_is_no_change(name):
+    with pytest.raises(InvalidArgumentError, match=f"changes='{name}'"):
+        reinforcement.recipe_options("default", {name: {}}, MSE(), 2)
+
+
+def test_changes_find_their_part_of_a_recipe():
+    recipe = presets.preset("default")
+    changes = {"decay": False, "step_cost": 0.1, "exploration_unit": "prediction", "target_kl": 0.2}
+    changed = reinforcement.changed(recipe, changes)
+    assert changed["decay"] is False
+    assert changed["env"] == {**recipe["env"], "step_cost": 0.1}
+    assert changed["policy"] == {**recipe["policy"], "exploration_unit": "prediction"}
+    assert changed["agent"] == {**recipe["agent"], "target_kl": 0.2}
+    assert recipe == presets.preset("default")
 
 
 def test_a_budget_buys_as_many_iterations_as_fit(teacher, bank):

@@ -319,7 +319,13 @@ def test_a_damaged_checkpoint_and_a_full_disk_cost_time_only(
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("learning_rate", 2e-3), ("iterations", 7), ("seed", 1), ("callback", None)],
+    [
+        ("learning_rate", 2e-3),
+        ("iterations", 7),
+        ("seed", 1),
+        ("callback", None),
+        ("changes", {"decay": False}),
+    ],
 )
 def test_another_configuration_is_refused_by_name(teacher_folder, straight, name, value):
     _, out = straight

@@ -11,6 +11,7 @@ from benchmarks import options, overhead, plain_loop, sample_efficiency
 from benchmarks.worlds import make_trivial
 from examples import distill, train_teacher
 from redif_env import transition
+from redif_env.errors import InvalidArgumentError
 
 
 def test_distill_writes_a_run_and_prints_a_table(tmp_path, capsys):
@@ -22,10 +23,13 @@ def test_distill_writes_a_run_and_prints_a_table(tmp_path, capsys):
         num_held_out=100,
         schedule="850",
         precision="bfloat16",
+        changes=("target_kl=0.05", "divergence=kl"),
         out=tmp_path / "run",
     )
     report = distill.main(args)
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["precision"] == "bfloat16"
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["precision"] == "bfloat16"
+    assert (config["target_kl"], config["divergence"]) == (0.05, "kl")
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["nfe"] == report["nfe"] == 1
     printed = capsys.readouterr().out
     assert "student, 1 steps" in printed
@@ -35,6 +39,14 @@ def test_distill_writes_a_run_and_prints_a_table(tmp_path, capsys):
 def test_schedules_on_the_command_line():
     assert distill.parse_schedule("karras") == "karras"
     assert distill.parse_schedule("850,300") == [850.0, 300.0]
+
+
+def test_changes_on_the_command_line():
+    texts = ("target_kl=0.05", "adaptive_lr=true", "divergence=kl", "local_radius=[2, 0]")
+    changes = {"target_kl": 0.05, "adaptive_lr": True, "divergence": "kl", "local_radius": [2, 0]}
+    assert distill.parse_changes(texts) == changes
+    with pytest.raises(InvalidArgumentError, match=r"changes='target_kl'.*name=value"):
+        distill.parse_changes(("target_kl",))
 
 
 def test_a_teacher_below_the_gate_is_not_installed(tmp_path):
