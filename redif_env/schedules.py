@@ -123,7 +123,9 @@ def _finish(schedule: NoiseSchedule, times: Tensor, num_steps: int) -> Tensor:
     return grid
 
 
-def sample(denoiser: Denoiser, x_T: Tensor, condition: Tensor | None, grid: Tensor) -> Tensor:
+def sample(
+    denoiser: Denoiser, x_T: Tensor, condition: Tensor | None, grid: Sequence[float] | Tensor
+) -> Tensor:
     """Deterministic steps along `grid`: the sampler of every student, and the few-step baseline.
 
     DDIM's, or of second order, as the denoiser's `solver_order` says. Gradients flow to the
@@ -133,12 +135,13 @@ def sample(denoiser: Denoiser, x_T: Tensor, condition: Tensor | None, grid: Tens
         denoiser: The student.
         x_T: Initial noise, `(N, ...)`.
         condition: Classes, int64 `(N,)`, or None.
-        grid: Times, `(num_steps + 1,)`.
+        grid: Times, `(num_steps + 1,)`, or a list of them, see `explicit`.
 
     Returns:
         `x_0`, float32 `(N, ...)`.
     """
     x_t, past = x_T, None
+    grid = grid if isinstance(grid, Tensor) else explicit(grid, denoiser.schedule)
     times = grid.to(x_T).unsqueeze(1).expand(-1, len(x_T))
     for t, s in itertools.pairwise(times):
         x0_pred = denoiser(x_t, t, condition)
@@ -151,12 +154,16 @@ def sample(denoiser: Denoiser, x_T: Tensor, condition: Tensor | None, grid: Tens
 def paired_mse(
     denoiser: Denoiser,
     bank: TeacherBank,
-    grid: Tensor,
+    grid: Sequence[float] | Tensor,
     batch_size: int = 512,
     sampler: Sampler = sample,
 ) -> float:
-    """Mean squared error between samples along `grid` and the bank's answers, per element."""
-    total = 0.0
+    """Mean squared error between samples along `grid` and the bank's answers, per element.
+
+    Raises:
+        InvalidArgumentError: for times that make no grid, see `explicit`.
+    """
+    grid, total = explicit(grid, denoiser.schedule), 0.0
     for start in range(0, len(bank), batch_size):
         rows = slice(start, start + batch_size)
         condition = None if bank.condition is None else bank.condition[rows]

@@ -170,6 +170,17 @@ def test_paired_mse_does_not_depend_on_the_batches(teacher, bank):
         assert error == pytest.approx(wanted, rel=1e-5)
 
 
+@pytest.mark.parametrize("times", [[850.0, 300.0], (850, 300, 0)])
+def test_times_in_a_list_are_a_grid(teacher, bank, times):
+    tasks = teacher.denoiser, bank.x_T, bank.condition
+    grid = torch.tensor([850.0, 300.0, 0.0])
+    assert torch.equal(schedules.sample(*tasks, times), schedules.sample(*tasks, grid))
+    wanted = schedules.paired_mse(teacher.denoiser, bank, grid)
+    assert schedules.paired_mse(teacher.denoiser, bank, times) == wanted
+    with pytest.raises(InvalidArgumentError, match="schedule="):
+        schedules.paired_mse(teacher.denoiser, bank, [300.0, 850.0])
+
+
 @pytest.mark.parametrize("num_steps", [1, 2])
 def test_search(teacher, bank, num_steps):
     """Never worse than its starts, better than the uniform grid, and the same again."""
