@@ -229,7 +229,8 @@ def distill(
     noise = teacher.denoiser.schedule
     uniform = schedules.uniform(noise, plan.num_steps)
     searches = learned or schedule == SEARCH
-    given = None if searches else schedules.make_grid(schedule, noise, plan.num_steps)
+    own = (SEARCH, LEARNED)
+    given = None if searches else schedules.make_grid(schedule, noise, plan.num_steps, own)
     options = make_options(recipe, arguments, reward, description)
     config = make_config(arguments, plan, options, teacher, reward)
     if plan.written is not None and resume:

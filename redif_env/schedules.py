@@ -28,7 +28,10 @@ KARRAS_SIGMA_MAX = 80.0  # Karras et al. 2022, table 1; a VP schedule's own may 
 
 
 def make_grid(
-    spec: str | Sequence[float] | Tensor, schedule: NoiseSchedule, num_steps: int
+    spec: str | Sequence[float] | Tensor,
+    schedule: NoiseSchedule,
+    num_steps: int,
+    others: Sequence[str] = ("free",),
 ) -> Tensor:
     """The grid that `spec` stands for.
 
@@ -36,6 +39,7 @@ def make_grid(
         spec: `"uniform"`, `"karras"`, or the times themselves with or without the final 0.
         schedule: Noise schedule that the times belong to.
         num_steps: Number of steps.
+        others: Names that the caller takes beside these, for the error message.
 
     Raises:
         InvalidArgumentError: for an unknown name, or times that are not strictly falling, not on
@@ -44,8 +48,9 @@ def make_grid(
     num_steps = check_integer("num_steps", num_steps, 1)
     if isinstance(spec, str):
         if spec not in GRID_NAMES:
+            names = ", ".join(map(repr, (*others, *GRID_NAMES)))
             raise InvalidArgumentError(
-                "schedule", spec, f"pass 'free', a list of times, or one of {GRID_NAMES}."
+                "schedule", spec, f"pass one of {names}, or times in a list."
             )
         return uniform(schedule, num_steps) if spec == "uniform" else karras(schedule, num_steps)
     grid = explicit(spec, schedule)

@@ -43,7 +43,7 @@ class KernelSolver:
 
     def set_timesteps(self, num_steps: int, device: str | torch.device = "cpu") -> None:
         """Choose the times of `num_steps` steps."""
-        grid = schedules.make_grid(self.grid, self.schedule, num_steps)
+        grid = schedules.make_grid(self.grid, self.schedule, num_steps, others=())
         self.timesteps = grid[:-1].to(device)
         self._next = dict(itertools.pairwise(grid.tolist()))
 

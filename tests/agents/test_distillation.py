@@ -364,6 +364,12 @@ def test_bad_arguments_are_refused_before_anything_is_written(tmp_path, name, va
     assert not list(tmp_path.iterdir())
 
 
+def test_a_refused_schedule_names_those_of_distill():
+    names = "one of 'search', 'learned', 'uniform', 'karras'"
+    with pytest.raises(InvalidArgumentError, match=names):
+        one_step(schedule="free")
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("group_size", 3), ("group_size", 1), ("eta", 2.0), ("min_std", 0.0), ("eval_every", 0)],

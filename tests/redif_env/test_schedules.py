@@ -142,7 +142,7 @@ def test_a_fraction_of_a_timestep_is_fine_on_a_continuous_schedule():
 @pytest.mark.parametrize(
     ("spec", "num_steps", "match"),
     [
-        ("no such", 4, "schedule='no such'"),
+        ("no such", 4, "schedule='no such': pass one of 'free', 'uniform', 'karras', or times"),
         ([500, 100], 3, "num_steps=3: the schedule has 2 steps"),
         ("uniform", 0, "num_steps=0"),
         ("uniform", 1000, "num_steps=1000.*pass fewer"),
