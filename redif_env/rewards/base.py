@@ -76,6 +76,9 @@ class Reward(ABC):
         """The codec that `nfe` counts twice, whose pixels the terms of a sum share; or None."""
         return None
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}>"
+
     @abstractmethod
     def __call__(self, x_0: Tensor, teacher_x_0: Tensor, condition: Tensor | None) -> Tensor:
         """The reward of each row.
@@ -398,15 +401,30 @@ def make_reward(reward: str | Reward) -> Reward:
 
 
 def _parse_term(term: str) -> tuple[float, Reward]:
-    weight, _, name = term.rpartition("*")
-    if name.strip() not in _REGISTRY:
-        names = ", ".join(map(repr, sorted(_REGISTRY)))
-        raise InvalidArgumentError("reward", term.strip(), f"the rewards are {names}.")
-    reward = _REGISTRY[name.strip()]()
-    if not isinstance(reward, Reward):
-        raise InvalidArgumentError("reward", reward, f"{name.strip()!r} is to make a Reward.")
+    weight, _, name = (part.strip() for part in term.rpartition("*"))
+    known = name in _REGISTRY
+    before_minus = (weight if known else name).partition("-")[0].rpartition("*")[2].strip()
+    if before_minus in _REGISTRY:
+        remedy = "to subtract, add with a negative weight: 'mse + -0.5*ssim'."
+    elif known:
+        return _weight_of(weight), _made(name)
+    elif weight in _REGISTRY:
+        remedy = f"write the weight first: '{name}*{weight}'."
+    else:
+        remedy = f"the rewards are {', '.join(map(repr, sorted(_REGISTRY)))}."
+    raise InvalidArgumentError("reward", term.strip(), remedy)
+
+
+def _weight_of(text: str) -> float:
     try:
-        number: object = float(weight or 1.0)
+        number: object = float(text or 1.0)
     except ValueError:
-        number = weight
-    return _check_weight(number), reward
+        number = text
+    return _check_weight(number)
+
+
+def _made(name: str) -> Reward:
+    reward = _REGISTRY[name]()
+    if not isinstance(reward, Reward):
+        raise InvalidArgumentError("reward", reward, f"{name!r} is to make a Reward.")
+    return reward

@@ -52,6 +52,28 @@ def pair(generator):
 # Terms
 
 
+@pytest.mark.parametrize("text", ["mse - 0.5*ssim", "mse - ssim", "0.5*mse -ssim"])
+def test_a_difference_by_name_says_how_to_subtract(text):
+    with pytest.raises(InvalidArgumentError, match=r"reward=.*to subtract.*'mse \+ -0.5\*ssim'"):
+        make_reward(text)
+
+
+def test_a_weight_behind_its_reward_says_where_it_goes():
+    with pytest.raises(InvalidArgumentError, match=r"reward='ssim\*0.5'.*'0.5\*ssim'"):
+        make_reward("mse + ssim*0.5")
+
+
+def test_a_name_with_a_minus_is_no_difference(monkeypatch):
+    monkeypatch.setattr(base, "_REGISTRY", {"my": MSE, "my-own": MSE})
+    (weight, _), _ = make_reward("-2*my-own + my").terms
+    assert weight == -2
+
+
+def test_a_reward_shows_its_terms_and_weights():
+    assert repr(MSE()) == "<MSE mse>"
+    assert repr(MSE() + 0.5 * MSE()) == "<WeightedSum 1*mse+0.5*mse>"
+
+
 def test_terms_come_before_their_weights(pair):
     score = evaluate_terms(2 * MSE() + 0.5 * PSNR(), *pair, None)
     assert list(score.terms) == ["mse", "psnr"]
