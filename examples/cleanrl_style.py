@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical
 
 from redif_env import FlatVectorObservation, RelativeReward
+from redif_env.errors import require
 
 TIMES = (850, 744, 638, 531, 425, 319, 213, 106)  # the start, and what to choose from besides 0
 
@@ -53,6 +54,11 @@ def main(iterations: int = 100, num_envs: int = 256, seed: int = 0, **env: objec
     return gains
 
 
+def show(iterations: int = 100, seed: int = 0) -> None:
+    """Learn when a frozen student of 4 steps should step."""
+    for iteration, gain in enumerate(main(iterations, seed=seed)):
+        print(f"iteration {iteration}: gain over even times {gain:+.4f}")
+
+
 if __name__ == "__main__":
-    for iteration, mean_gain in enumerate(main()):
-        print(iteration, round(mean_gain, 4))
+    require("tyro", "examples").cli(show)

