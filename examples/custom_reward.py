@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from agents import distill
 from redif_env import MSE, MapReward, TeacherBank, check_reward, load_teacher, schedules
-from redif_env.errors import require
+from redif_env.errors import plain_errors, require
 from redif_env.rewards import evaluate_terms
 
 
@@ -79,5 +79,6 @@ def main(args: Args) -> dict[str, tuple[float, float]]:
 
 
 if __name__ == "__main__":
-    for name, (before, after) in main(require("tyro", "examples").cli(Args)).items():
-        print(f"{name}: {before:.4f} with plain DDIM, {after:.4f} after training")
+    with plain_errors():
+        for name, (before, after) in main(require("tyro", "examples").cli(Args)).items():
+            print(f"{name}: {before:.4f} with plain DDIM, {after:.4f} after training")

@@ -15,7 +15,7 @@ from typing import Any
 from agents import distill
 from agents.distillation import last_taken, next_free
 from redif_env import parallel
-from redif_env.errors import InvalidArgumentError, require
+from redif_env.errors import InvalidArgumentError, plain_errors, require
 
 
 @dataclasses.dataclass
@@ -103,8 +103,11 @@ def main(args: Args) -> dict[str, Any]:
 
 
 def parse_schedule(text: str) -> str | list[float]:
-    """A name as it is; times between commas as a list."""
-    return [float(part) for part in text.split(",")] if text[:1].isdigit() else text
+    """Times between commas as a list; a name as it is, which `distill` checks."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        return text
 
 
 def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
@@ -166,4 +169,5 @@ def _format(value: float | None, spec: str) -> str:
 
 
 if __name__ == "__main__":
-    main(require("tyro", "examples").cli(Args))
+    with plain_errors():
+        main(require("tyro", "examples").cli(Args))

@@ -25,9 +25,9 @@ from agents.evaluation import Judge
 from agents.export import load_adaptive
 from agents.inception import load_inception
 from redif_env import schedules
-from redif_env.errors import InvalidArgumentError, check_integer, require
+from redif_env.errors import InvalidArgumentError, check_integer, plain_errors, require
 from redif_env.files import write_json
-from redif_env.loading import METADATA, find_folder, load_denoiser, load_teacher
+from redif_env.loading import BUNDLED, METADATA, find_folder, load_denoiser, load_teacher
 from redif_env.rendering import pixels
 from redif_env.teacher import Teacher, TeacherBank
 
@@ -175,6 +175,8 @@ def draw(path: Path, tasks: Tasks | None, args: Args) -> Drawn:
     pictures = not (path / "student").is_dir() and any(path.glob("*.png"))  # a run has some, too
     if path.suffix in SAMPLE_FILES or pictures:
         return read_samples(path, None if tasks is None else tasks.bank, args.device)
+    if not path.is_dir() and str(path) not in BUNDLED:
+        raise InvalidArgumentError("methods", str(path), "there is no such file or folder.")
     folder = find_folder(path)
     if tasks is None:
         raise InvalidArgumentError("teacher", None, f"pass the one whose noise {path} answers.")
@@ -415,4 +417,5 @@ def _format(interval: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main(require("tyro", "examples").cli(Args))
+    with plain_errors():
+        main(require("tyro", "examples").cli(Args))

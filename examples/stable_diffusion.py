@@ -34,7 +34,7 @@ from redif_env import (
     load_teacher,
     schedules,
 )
-from redif_env.errors import InvalidArgumentError, check_choice, require
+from redif_env.errors import InvalidArgumentError, check_choice, plain_errors, require
 from redif_env.rewards import LPIPS, CLIPCosine, evaluate_terms
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -220,5 +220,6 @@ def mean_terms(reward: Reward, x_0: Tensor, bank: TeacherBank) -> dict[str, floa
 
 
 if __name__ == "__main__":
-    for name, (before, after) in main(require("tyro", "examples").cli(Args)).items():
-        print(f"{name}: {before:.4f} with plain DDIM, {after:.4f} after training")
+    with plain_errors():
+        for name, (before, after) in main(require("tyro", "examples").cli(Args)).items():
+            print(f"{name}: {before:.4f} with plain DDIM, {after:.4f} after training")

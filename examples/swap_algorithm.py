@@ -27,7 +27,13 @@ from torch import nn
 
 from agents import LatentFeatures, TimeFeatures, make_sb3_env
 from redif_env import Teacher, baseline_returns, load_teacher
-from redif_env.errors import InvalidArgumentError, check_choice, check_integer, require
+from redif_env.errors import (
+    InvalidArgumentError,
+    check_choice,
+    check_integer,
+    plain_errors,
+    require,
+)
 
 RESIDUAL, SCHEDULE = "residual", "schedule"
 DICT, FLAT = "dict", "flat"
@@ -440,4 +446,5 @@ def main(args: Args) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(require("tyro", "examples").cli(Args))
+    with plain_errors():
+        main(require("tyro", "examples").cli(Args))

@@ -32,6 +32,7 @@ from redif_env.errors import (
     TeacherFolderError,
     check_integer,
     check_number,
+    plain_errors,
     require,
 )
 from redif_env.files import replacing
@@ -542,4 +543,5 @@ def main(args: Args) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(require("tyro", "examples").cli(Args))
+    with plain_errors():
+        main(require("tyro", "examples").cli(Args))

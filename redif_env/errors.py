@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import operator
+import sys
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
@@ -80,6 +83,16 @@ class MissingExtraError(ReDiFError, ImportError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package} is not installed: {install_command(extra)}")
+
+
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """For command lines: inside, an error of ReDiF prints its message alone, and exits with 2."""
+    try:
+        yield
+    except ReDiFError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def install_command(extra: str) -> str:

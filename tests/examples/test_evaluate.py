@@ -19,7 +19,7 @@ from agents.sampling import sample
 from examples import evaluate
 from examples.evaluate import Args, parse_methods, read_samples
 from redif_env import TeacherBank, schedules
-from redif_env.errors import InvalidArgumentError, TeacherFolderError
+from redif_env.errors import InvalidArgumentError
 from redif_env.loading import BUNDLED, load_teacher
 
 NUM = 24
@@ -227,7 +227,7 @@ def test_what_is_no_samples_is_a_typed_error(tmp_path, tasks):
     ):
         with pytest.raises(InvalidArgumentError, match="pass"):
             read_samples(tmp_path / name)
-    with pytest.raises(TeacherFolderError):
+    with pytest.raises(InvalidArgumentError, match=r"methods=.*no such file or folder"):
         evaluate.main(Args((str(tmp_path / "nowhere"),), **TINY))
     with pytest.raises(InvalidArgumentError, match="out="):
         evaluate.main(Args(("a",), out=tmp_path, **TINY))

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,6 +44,27 @@ def test_distill_writes_a_run_and_prints_a_table(tmp_path, capsys):
 def test_schedules_on_the_command_line():
     assert distill.parse_schedule("karras") == "karras"
     assert distill.parse_schedule("850,300") == [850.0, 300.0]
+    assert distill.parse_schedule("850;300") == "850;300"
+
+
+SCRIPTS = ("custom_reward", "distill", "evaluate", "stable_diffusion", "swap_algorithm")
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "train_teacher"])
+def test_scripts_print_errors_without_a_traceback(name):
+    script = importlib.import_module(f"examples.{name}")
+    tree = ast.parse(Path(script.__file__).read_text())
+    (line,) = tree.body[-1].body
+    assert ast.unparse(line).startswith("with plain_errors():")
+
+
+def test_a_schedule_that_is_none_ends_a_script_with_the_message(monkeypatch, capsys):
+    options = ["--schedule", "850;300", "--out", "unused"]
+    monkeypatch.setattr(sys, "argv", ["distill.py", *options])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(distill.__file__, run_name="__main__")
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("error: schedule='850;300': pass one of 'search'")
 
 
 def test_changes_on_the_command_line():

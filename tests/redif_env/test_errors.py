@@ -9,6 +9,7 @@ from redif_env.errors import (
     MissingExtraError,
     check_choice,
     check_number,
+    plain_errors,
     require,
 )
 
@@ -32,6 +33,15 @@ def test_numbers_outside_the_interval_are_refused(value):
 def test_an_unknown_choice_lists_the_known_ones():
     with pytest.raises(InvalidArgumentError, match="'a', 'b'"):
         check_choice("kind", "c", ("a", "b"))
+
+
+def test_command_lines_end_with_the_message_alone(capsys):
+    with pytest.raises(SystemExit) as caught, plain_errors():
+        raise InvalidArgumentError("eta", -1, "pass more.")
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "error: eta=-1: pass more.\n"
+    with pytest.raises(ZeroDivisionError), plain_errors():  # a bug keeps its traceback
+        1 / 0  # noqa: B018
 
 
 def test_a_missing_extra_says_how_to_install_it():
