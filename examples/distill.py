@@ -26,6 +26,8 @@ class Args:
     """Bundled teacher, or a diffusers folder with unet/ and scheduler/."""
     num_steps: int = 4
     """Steps of the student."""
+    method: str = "ppo"
+    """ppo, or a technique of docs/baselines.md to compare with."""
     student: float | None = None
     """Share of the teacher's parameters, such as 0.25, of a smaller student."""
     warm_up: int | None = None
@@ -36,6 +38,8 @@ class Args:
     """A name of docs/rewards.md, or a sum such as "mse + 0.5*ssim"."""
     solver_order: int = 1
     """1 steps as DDIM, 2 as DPM-Solver++ 2M, which is closer with many steps."""
+    guidance_scale: float | None = None
+    """Of the student; default: the teacher's. 1 distils guidance away, at half the cost."""
     iterations: int = 150
     """Rollouts, each followed by an update."""
     num_envs: int = 512
@@ -74,6 +78,8 @@ class Args:
     """Training tasks that the teacher answers."""
     num_held_out: int = 1000
     """Test tasks that the figures are measured on."""
+    eval_every: int = 10
+    """Iterations between two evaluations on validation tasks."""
     seed: int = 0
     """Seed of training."""
     device: str = "cpu"
@@ -151,6 +157,12 @@ def table(report: dict[str, Any]) -> str:
     lines.append(
         f"{report['trajectories']:,} trajectories, {total:,} network-forward equivalents, "
         f"{report['seconds']:.0f} seconds ({report['hardware']})"
+    )
+    ledger = report["ledger"]
+    teacher, search = ledger["teacher"], ledger["search"]
+    lines.append(
+        f"of these: teacher's answers {teacher:,}; search of the grid {search:,}; "
+        f"training {total - teacher - search:,}"
     )
     return "\n".join(lines)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
+import inspect
 import json
 import runpy
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import agents
 from benchmarks import options, overhead, plain_loop, sample_efficiency
 from benchmarks.worlds import make_trivial
 from examples import distill, train_teacher
@@ -38,6 +41,9 @@ def test_distill_writes_a_run_and_prints_a_table(tmp_path, capsys):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["nfe"] == report["nfe"] == 1
     printed = capsys.readouterr().out
     assert "student, 1 steps" in printed
+    ledger = report["ledger"]
+    training = ledger["rollout"] + ledger["update"] + ledger["reference"]
+    assert f"teacher's answers {8 * 50}; search of the grid 0; training {training}" in printed
     assert "run/student" in printed
 
 
@@ -45,6 +51,13 @@ def test_schedules_on_the_command_line():
     assert distill.parse_schedule("karras") == "karras"
     assert distill.parse_schedule("850,300") == [850.0, 300.0]
     assert distill.parse_schedule("850;300") == "850;300"
+
+
+def test_options_are_those_of_distill_with_its_defaults():
+    parameters = inspect.signature(agents.distill).parameters
+    for option in dataclasses.fields(distill.Args):
+        default = "cpu" if option.name == "device" else parameters[option.name].default
+        assert option.default == default, option.name
 
 
 SCRIPTS = ("custom_reward", "distill", "evaluate", "stable_diffusion", "swap_algorithm")
