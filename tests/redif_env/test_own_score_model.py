@@ -134,6 +134,7 @@ def page(tmp_path_factory):
         with torch.random.fork_rng():
             exec(blocks[0], scope)
             arrays = dict(np.load("score.npz"))
+            samples = dict(np.load("original.npz"))
             x_T = np.random.default_rng(0).standard_normal((128, 2))
             np.savez("original.npz", x_T=x_T, x_0=original_sampler(arrays, x_T))
             write_graph(folder / "score.onnx", arrays)
@@ -142,7 +143,7 @@ def page(tmp_path_factory):
                 exec(block, scope)
     finally:
         os.chdir(before)
-    return {**scope, "arrays": arrays, "folder": folder}
+    return {**scope, "arrays": arrays, "samples": samples, "folder": folder}
 
 
 def teacher_of(network, schedule, num_steps, kind=TimeScoreNetwork, end_time=1.0):
@@ -171,6 +172,12 @@ def test_the_original_samples_are_two_moons(page):
     gaussian = x_0.mean(0) + x_0.std(0) * page["x_T"]
     assert near_an_arc(x_0) > 0.55 > near_an_arc(gaussian) + 0.05
     assert near_an_arc(page["moons"](500)) > 0.9
+
+
+def test_the_samples_of_the_page_are_those_of_the_original_sampler(page):
+    samples = page["samples"]
+    wanted = original_sampler(page["arrays"], samples["x_T"].astype(float))
+    np.testing.assert_allclose(samples["x_0"], wanted, rtol=0, atol=1e-3)  # float32
 
 
 def test_the_teacher_converges_to_the_original_sampler(page):
