@@ -16,7 +16,7 @@ import torch
 
 from agents.benchmark import Runs, make_task, plan, plan_trials, taking_part, usual_sizes
 from agents.benchmark.report import report, tuning_table
-from redif_env.errors import check_integer, require
+from redif_env.errors import check_integer, plain_errors, require
 
 
 @dataclasses.dataclass
@@ -109,4 +109,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(require("tyro", "examples").cli(Args))
+    with plain_errors():
+        main(require("tyro", "examples").cli(Args))
