@@ -11,13 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.utils import LinearSchedule
 from torch import Tensor, nn
 
 from agents import ReDiFPPO
-from redif_env import Denoiser, ReDiFVectorEnv, Teacher, TeacherBank, schedules
+from redif_env import Denoiser, KernelSolver, ReDiFVectorEnv, Teacher, TeacherBank, schedules
 from redif_env.noise import FlowSchedule
 
 FLOW = FlowSchedule()
@@ -114,7 +113,8 @@ def make_env(
     num_envs: int = 32,
     **options: Any,
 ) -> ReDiFVectorEnv:
-    teacher = Teacher(make_student(), FlowMatchEulerDiscreteScheduler, num_steps=1)
+    student = make_student()
+    teacher = Teacher(student, lambda: KernelSolver(student), num_steps=1)
     options = {"group_size": 2, "seed": 0, **options}
     return ReDiFVectorEnv(num_envs, teacher, bank=bank, schedule=schedule, **options)
 

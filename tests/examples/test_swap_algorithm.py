@@ -240,7 +240,7 @@ def test_each_row_counts_its_first_episode_once(make_env, teacher, bank):
         while not ended:
             _, reward, ended, _, info = single.step(int(choice))
         returns.append(reward)
-        lengths.append(int(info["episode"]["l"]))
+        lengths.append(int(info["nfe"]))
     assert len(set(lengths)) == 3
     got = swap_algorithm.held_out_return(Fixed(choices), env)
     assert got == pytest.approx(np.mean(returns), rel=1e-5)

@@ -5,7 +5,6 @@ import itertools
 import pytest
 import torch
 from gaussian import (
-    MAKE_SOLVER,
     MEAN,
     SHAPE,
     STD,
@@ -17,7 +16,14 @@ from gaussian import (
     scales,
 )
 
-from redif_env import ReDiFVectorEnv, Teacher, TeacherBank, check_vector_env, schedules
+from redif_env import (
+    KernelSolver,
+    ReDiFVectorEnv,
+    Teacher,
+    TeacherBank,
+    check_vector_env,
+    schedules,
+)
 from redif_env.noise import FlowSchedule, VESchedule
 
 TIMES = [850.0, 500.0, 200.0, 0.0]
@@ -183,7 +189,7 @@ def other_family(request):
     x_T = denoiser.initial_noise(16, torch.Generator().manual_seed(0))
     gain = exact_factor(schedule, 1000)
     answers = affine(schedule, x_T, 1000, 0.0, gain).float()
-    return Teacher(denoiser, MAKE_SOLVER, 1), TeacherBank(x_T, answers)
+    return Teacher(denoiser, lambda: KernelSolver(denoiser), 1), TeacherBank(x_T, answers)
 
 
 def test_other_families_in_the_environment(other_family):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from gaussian import MEAN, SHAPE, STD, gaussian_denoiser, gaussian_teacher
 
-from redif_env import Denoiser, Teacher
+from redif_env import Denoiser, KernelSolver, Teacher
 from redif_env.errors import InvalidArgumentError
 from redif_env.noise import FlowSchedule, VESchedule
 from redif_env.rewards import TeacherLikelihood
@@ -52,8 +52,8 @@ def test_it_is_the_density_of_a_gaussian_teacher(samples):
 
 @pytest.mark.parametrize("schedule", [FlowSchedule(), VESchedule()], ids=["flow", "ve"])
 def test_it_is_the_same_under_any_schedule(samples, schedule):
-    teacher = gaussian_teacher()
-    other = Teacher(gaussian_denoiser(schedule), teacher.make_solver, 2)
+    denoiser = gaussian_denoiser(schedule)
+    other = Teacher(denoiser, lambda: KernelSolver(denoiser), 2)
     reward = TeacherLikelihood(other, num_noises=2, **WIDE)
     exact = differences(log_density(samples))
     torch.testing.assert_close(differences(score(reward, samples)), exact, rtol=0.03, atol=0.03)
@@ -66,8 +66,8 @@ def test_one_level_by_hand():
         def forward(self, x_t, t):
             return torch.zeros_like(x_t)
 
-    schedule = FlowSchedule()
-    teacher = Teacher(Denoiser(Zero(), schedule, "sample", (2,)), gaussian_teacher().make_solver, 2)
+    denoiser = Denoiser(Zero(), FlowSchedule(), "sample", (2,))
+    teacher = Teacher(denoiser, lambda: KernelSolver(denoiser), 2)
     reward = TeacherLikelihood(teacher, num_levels=1, num_noises=1, log_snr=(-1.0, 1.0))
     assert reward.timesteps.tolist() == [500.0]  # alpha = sigma
     scores = score(reward, torch.tensor([[1.0, 2.0], [0.0, 0.0]]))
