@@ -38,7 +38,7 @@ from .entrants import (
     UNIFORM,
     Entrant,
 )
-from .settings import REMEDIES, TRIALS, chosen
+from .settings import BEYOND, REMEDIES, TRIALS, chosen
 from .tasks import RANKED, Task
 
 T = TypeVar("T")
@@ -118,10 +118,10 @@ def plan(
 
 
 def plan_trials(methods: Iterable[str], task: str = "digits") -> list[Run]:
-    """All trials of the methods that have any on this task, and what was tried for ours alone."""
+    """All trials of the methods that have any on this task, and those of rivals or ours alone."""
     own = task if any(trials.task == task for trials in TRIALS) else None
     of_task = [trials for trials in TRIALS if trials.task == own]
-    of_task += [trials for trials in REMEDIES if trials.task == task]
+    of_task += [trials for trials in (*BEYOND, *REMEDIES) if trials.task == task]
     return [
         Run(name, trials.num_steps, TUNING_SEED, trials.budget, settings)
         for trials in of_task

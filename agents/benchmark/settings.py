@@ -260,6 +260,18 @@ TRIALS = (
         MIXTURE,
     ),
 )
+# Of rivals alone, where the best was at the edge of what was tried.
+BEYOND = (
+    Trials(2, 300_000, {SURROGATE: _sizes((1e-4, 8))}, BLIND),
+    Trials(2, 300_000, {"backprop": _sizes((1e-4, 8))}, DIGITS),
+    Trials(4, 300_000, {"backprop": _sizes((1e-5, 16), **_SECOND)}, DIGITS),
+    Trials(
+        2,
+        300_000,
+        {"trajectory_regression": _rates(2e-3, batch_size=16, **_WALK)},
+        QUARTERED,
+    ),
+)
 _BY_TRAJECTORY = f"trajectory_regression{AFTER}"
 # Of ours alone, each on a task of its own, where it was behind: docs/decisions.md.
 REMEDIES = (
@@ -327,7 +339,7 @@ REMEDIES = (
         2,
         300_000,
         {
-            OURS: _sizes((5e-4, 64), n_epochs=1, num_envs=64),
+            OURS: _sizes((5e-4, 64), (1e-3, 64), (2e-3, 64), n_epochs=1, num_envs=64),
             _BY_TRAJECTORY: _rates(
                 2e-4, first={**_WALK, "learning_rate": 1e-3, "batch_size": 16}, **_SMALL
             ),
@@ -492,13 +504,12 @@ CHOICES: dict[str | None, dict[int, dict[str, Settings]]] = {
         1: {
             "trajectory_regression": {**_WALK, "learning_rate": 1e-3, "batch_size": 16},
             "backprop": {"learning_rate": 5e-4, "batch_size": 16},
-            OURS: {**_SMALL, "learning_rate": 5e-4},
-            f"trajectory_regression{AFTER}": {"learning_rate": 2e-4},
+            OURS: {"n_epochs": 1, "num_envs": 64, "batch_size": 64, "learning_rate": 1e-3},
         },
     },
     BLIND: {
         1: {
-            SURROGATE: {"learning_rate": 1e-4, "batch_size": 16},
+            SURROGATE: {"learning_rate": 1e-4, "batch_size": 8},
             OURS: {"learning_rate": 2e-4, "n_epochs": 1, "batch_size": 64},
         },
     },
