@@ -439,6 +439,7 @@ CHOICES: dict[str | None, dict[int, dict[str, Settings]]] = {
         },
         2: {
             "output_regression": {"learning_rate": 2e-4, "batch_size": 32},
+            "backprop": {"learning_rate": 1e-4, "batch_size": 8},
             OURS: {"learning_rate": 2e-4},
         },
         3: {
@@ -471,7 +472,10 @@ CHOICES: dict[str | None, dict[int, dict[str, Settings]]] = {
     },
     # Of first order, as they were run.
     UNCONDITIONAL: {
-        1: {"trajectory_regression": {**_WALK, "learning_rate": 2e-4, "batch_size": 16}},
+        1: {
+            "trajectory_regression": {**_WALK, "learning_rate": 2e-4, "batch_size": 16},
+            "backprop": {"learning_rate": 1e-4, "batch_size": 16},
+        },
         4: {
             "trajectory_regression": {**_WALK, "learning_rate": 2e-4, "batch_size": 32},
             "progressive": {**_UNIFORM, "learning_rate": 2e-4, "batch_size": 32},
@@ -510,6 +514,7 @@ CHOICES: dict[str | None, dict[int, dict[str, Settings]]] = {
     BLIND: {
         1: {
             SURROGATE: {"learning_rate": 1e-4, "batch_size": 8},
+            "backprop": {"learning_rate": 1e-4, "batch_size": 16},
             OURS: {"learning_rate": 2e-4, "n_epochs": 1, "batch_size": 64},
         },
     },
