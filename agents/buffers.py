@@ -34,6 +34,8 @@ class RolloutBatch(NamedTuple):
         old: The Gaussian that the actions were drawn from, `(B, *latent_shape)`, or None.
         step_index: Steps of the episode before each transition, int64 `(B,)`.
         same: How many neighbouring transitions started in one state; it divides B.
+        kept: `x0_pred` of each state with the graph of its gradient, `(B / same, *latent_shape)`,
+            from the rollout; None: ask the network.
     """
 
     observations: Any
@@ -45,6 +47,7 @@ class RolloutBatch(NamedTuple):
     old: Gaussian | None
     step_index: Tensor
     same: int = 1
+    kept: Tensor | None = None
 
 
 class TorchRolloutBuffer(RolloutBuffer):
@@ -120,6 +123,20 @@ class TorchRolloutBuffer(RolloutBuffer):
         self.pos = 0
         self.full = False
         self.generator_ready = False
+        self.forget_graphs()
+
+    def forget_graphs(self) -> None:
+        """Let go of the rollout's activations."""
+        self._kept: list[tuple[Tensor, Tensor]] = []
+
+    def keep(self, groups: Tensor, x0_pred: Tensor) -> None:
+        """Store what the student said of the states of groups that explore, with its graph.
+
+        Args:
+            groups: int64 `(M,)`; each group once a rollout.
+            x0_pred: `(M, *latent_shape)`.
+        """
+        self._kept.append((groups, x0_pred))
 
     def forget_tasks(self, num_tasks: int) -> None:
         """Begin anew with the means of tasks, of which there are `num_tasks`."""
@@ -380,7 +397,15 @@ class TorchRolloutBuffer(RolloutBuffer):
             old=gaussian,
             step_index=rows // self.n_envs % self.episode_length,
             same=self.same,
+            kept=self._kept_of(rows),
         )
+
+    def _kept_of(self, rows: Tensor) -> Tensor | None:
+        """What `keep` stored of the states of transitions; None if it has not all of them."""
+        if sum(len(groups) for groups, _ in self._kept) < self.n_envs // self.group_size:
+            return None
+        groups, x0_pred = (torch.cat(parts) for parts in zip(*self._kept, strict=True))
+        return x0_pred[groups.argsort()][rows[:: self.same] % self.n_envs // self.group_size]
 
     def _observations(
         self, take: Callable[[str], Tensor], rows: Tensor

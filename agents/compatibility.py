@@ -28,6 +28,7 @@ STOCK = (
     ("gap_fraction", None),
     ("step_weights", None),
     ("micro_batch_size", None),
+    ("reuse_forward", False),
     ("stochastic_steps", "all"),
     ("antithetic", False),
 )
@@ -157,6 +158,8 @@ def check_trained(agent: Any, free: bool) -> None:
             agent.policy_kwargs["schedule_head"],
             "make the environment with schedule='free' to choose times.",
         )
+    if free and agent.reuse_forward:
+        raise InvalidArgumentError("reuse_forward", True, "pass False with a free schedule.")
     if free and agent.advantage == "gae":
         raise InvalidArgumentError(
             "advantage", "gae", "pass 'group', 'batch' or 'task' with a free schedule."
@@ -207,6 +210,8 @@ def check_episodes(agent: Any, group_size: int, length: int, reward: Any) -> Non
         raise InvalidArgumentError(
             "stochastic_steps", window, f"episodes have {length} steps: pass fewer, or 'all'."
         )
+    if agent.reuse_forward:
+        _check_reuse(agent, group_size, length)
     radii = agent.local_radius
     if isinstance(radii, list) and (window != 1 or len(radii) != length):
         raise InvalidArgumentError(
@@ -232,6 +237,27 @@ def check_episodes(agent: Any, group_size: int, length: int, reward: Any) -> Non
             "a group of one pair of opposite noise says nothing about the std (its gradient "
             "cancels): pass group_size >= 4, or antithetic=False.",
         )
+
+
+def _check_reuse(agent: Any, group_size: int, length: int) -> None:
+    """The student of the update must be that of the rollout, and its states those of groups."""
+    needed = (
+        ("n_epochs", agent.n_epochs, 1, agent.n_epochs == 1),
+        ("group_size", group_size, "at least 2", group_size > 1),
+        ("n_steps", agent.n_steps, length, agent.n_steps == length),
+        ("stochastic_steps", agent.stochastic_steps, "'one'", agent.window == 1),
+        ("micro_batch_size", agent.micro_batch_size, None, agent.micro_batch_size is None),
+        ("shard_student", True, False, not agent.policy_kwargs.get("shard_student")),
+        (
+            "batch_size",
+            agent.batch_size,
+            agent.n_envs * parallel.world_size(),
+            parallel.share(agent.batch_size) >= agent.n_envs,
+        ),
+    )
+    for name, value, wanted, holds in needed:
+        if not holds:
+            raise InvalidArgumentError(name, value, f"reuse_forward=True needs {wanted}.")
 
 
 def check_wrapped_rewards(env: Any, rewards: Tensor, infos: Mapping[str, Any]) -> None:

@@ -49,7 +49,8 @@ def evaluate_student(
     """Of a student: element by element, from the stored means."""
     assert batch.old is not None
     shared = neighbours(len(batch.actions), batch.same, batch.actions.device)
-    distribution = policy.step_distribution(batch.observations, batch.actions, shared)
+    kept = {} if batch.kept is None else {"x0_pred": batch.kept.repeat_interleave(batch.same, 0)}
+    distribution = policy.step_distribution(batch.observations, batch.actions, shared, **kept)
     mean, std = distribution.gaussian
     new_std = None if policy.step_scale is None else std
     x_s = batch.actions[:, : mean[0].numel()].reshape(mean.shape)

@@ -104,6 +104,7 @@ CHECKS: dict[str, Check] = {
     "stochastic_steps": _or_one_of(STOCHASTIC_STEPS, _integer(1)),
     "step_weights": _optional(_numbers),
     "micro_batch_size": _optional(_integer(1)),
+    "reuse_forward": check_flag,
     "antithetic": check_flag,
     "gap_fraction": _or_one_of(("auto",), _optional(_number())),
     "ema_decay": _number(0, 1),

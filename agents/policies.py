@@ -38,7 +38,7 @@ from .critics import Critic, MapCritic
 from .distributions import JointDistribution, KernelDistribution, StepScale, joined
 from .lora import copy_trained, load_base, make_trainable
 from .sampling import sample
-from .sharing import Shared
+from .sharing import Exploring, Shared
 
 CHECKPOINTING = "enable_gradient_checkpointing"
 # What autocast is told. Not float16: gradients would need a scaled loss.
@@ -55,12 +55,15 @@ class Exploration(NamedTuple):
         gaussian: What the actions were drawn from, `(N, *latent_shape)`; with a free schedule,
             given the time that was chosen.
         choice: Distribution of the time, with a free schedule.
+        kept: `x0_pred` of the states that explore, with the graph of its gradient, if asked for,
+            `(num, *latent_shape)`.
     """
 
     actions: Tensor
     values: Tensor
     gaussian: Gaussian
     choice: Choice | None = None
+    kept: Tensor | None = None
 
 
 class NoFeatures(BaseFeaturesExtractor):
@@ -293,6 +296,7 @@ class StudentPolicy(ActorCriticPolicy):
         antithetic: bool = False,
         choosing: Tensor | None = None,
         shared: Shared | None = None,
+        keeping: Exploring | None = None,
     ) -> Exploration:
         """Draw actions for a rollout.
 
@@ -303,8 +307,10 @@ class StudentPolicy(ActorCriticPolicy):
             choosing: Which rows draw their next time, bool `(N,)`; the others take the most likely
                 one. None: all. Only with a free schedule.
             shared: Which rows are in one state; None: none.
+            keeping: Which of those states keep the graph of their prediction's gradient.
         """
-        joint = self._distribution(self.denoiser, obs, shared)
+        x0_pred, kept = self._predicted(obs, shared, keeping)
+        joint = self._distribution(self.denoiser, obs, shared, x0_pred)
         choice = drawn = None
         kernel = joint
         if isinstance(joint, JointDistribution):
@@ -318,13 +324,21 @@ class StudentPolicy(ActorCriticPolicy):
             actions = torch.where(rows.unsqueeze(1), actions, kernel.mode())
         if drawn is not None:
             actions = joined(actions, drawn)
-        return Exploration(actions, self.values(obs), kernel.gaussian, choice)
+        return Exploration(actions, self.values(obs), kernel.gaussian, choice, kept)
 
     def step_distribution(
-        self, obs: Mapping[str, Tensor], actions: Tensor, shared: Shared | None = None
+        self,
+        obs: Mapping[str, Tensor],
+        actions: Tensor,
+        shared: Shared | None = None,
+        x0_pred: Tensor | None = None,
     ) -> KernelDistribution:
-        """What the step outputs of actions `(N, A)` are drawn from, given their choices of time."""
-        return self._step_distribution(self.denoiser, obs, actions, shared)
+        """What the step outputs of actions `(N, A)` are drawn from, given their choices of time.
+
+        `x0_pred` is what the network says of the states, `(N, *latent_shape)`, where it was asked
+        before.
+        """
+        return self._step_distribution(self.denoiser, obs, actions, shared, x0_pred)
 
     def reference_means(
         self, obs: Mapping[str, Tensor], actions: Tensor, shared: Shared | None = None
@@ -345,18 +359,43 @@ class StudentPolicy(ActorCriticPolicy):
         obs: Mapping[str, Tensor],
         actions: Tensor,
         shared: Shared | None = None,
+        x0_pred: Tensor | None = None,
     ) -> KernelDistribution:
-        joint = self._distribution(denoiser, obs, shared)
+        joint = self._distribution(denoiser, obs, shared, x0_pred)
         return joint.step(actions[:, -1]) if isinstance(joint, JointDistribution) else joint
 
+    def _times(self, obs: Mapping[str, Tensor]) -> Tensor:
+        """Where each row is, `(N,)`."""
+        head = self.schedule_head
+        return self.timesteps[self._step_index(obs)] if head is None else head.time(obs)
+
+    def _predicted(
+        self, obs: Mapping[str, Tensor], shared: Shared | None, keeping: Exploring | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`x0_pred` of N observations, and that of the states that are to keep their graph."""
+        x_t, t, condition = obs["latents"], self._times(obs), _condition(obs)
+        if shared is None or keeping is None or not keeping.num:
+            return _ask(self.denoiser, x_t, t, condition, shared), None
+        own, others = keeping.first[: keeping.num], keeping.first[keeping.num :]
+        with torch.enable_grad():
+            kept = _ask_some(self.denoiser, x_t, t, condition, shared.asked[own])
+        parts = [kept.detach()]
+        if len(others):
+            parts += [_ask_some(self.denoiser, x_t, t, condition, shared.asked[others])]
+        return torch.cat(parts)[keeping.first.argsort()][shared.answer], kept
+
     def _distribution(
-        self, denoiser: Denoiser, obs: Mapping[str, Tensor], shared: Shared | None = None
+        self,
+        denoiser: Denoiser,
+        obs: Mapping[str, Tensor],
+        shared: Shared | None = None,
+        x0_pred: Tensor | None = None,
     ) -> KernelDistribution | JointDistribution:
-        index, head = self._step_index(obs), self.schedule_head
-        t = self.timesteps[index] if head is None else head.time(obs)
-        x_t, condition = obs["latents"], _condition(obs)
+        index, head, t = self._step_index(obs), self.schedule_head, self._times(obs)
+        x_t = obs["latents"]
         past = mdp.past_of(obs.get(mdp.PAST), self.timesteps, index)
-        x0_pred = _ask(denoiser, x_t, t, condition, shared)
+        if x0_pred is None:
+            x0_pred = _ask(denoiser, x_t, t, _condition(obs), shared)
         scale = None if self.step_scale is None else self.step_scale(index)
 
         def step(s: Tensor) -> KernelDistribution:
@@ -549,9 +588,14 @@ def _ask(
     """`x0_pred` of each row, computed once for rows in one state."""
     if shared is None:
         return denoiser(x_t, t, condition)
-    rows = shared.asked
-    some = None if condition is None else condition[rows]
-    return denoiser(x_t[rows], t[rows], some)[shared.answer]
+    return _ask_some(denoiser, x_t, t, condition, shared.asked)[shared.answer]
+
+
+def _ask_some(
+    denoiser: Denoiser, x_t: Tensor, t: Tensor, condition: Tensor | None, rows: Tensor
+) -> Tensor:
+    """`x0_pred` of some rows."""
+    return denoiser(x_t[rows], t[rows], None if condition is None else condition[rows])
 
 
 def _condition(obs: Mapping[str, Tensor]) -> Tensor | None:

@@ -45,10 +45,10 @@ from .lora import merge
 from .minibatch import Evaluation
 from .objective import Objective
 from .options import NUMBERS, check, check_again, check_numbers
-from .policies import StudentPolicy, copy_of_teacher
+from .policies import Exploration, StudentPolicy, copy_of_teacher
 from .saving import TrainingState
 from .schedule_learning import ChoiceRollout
-from .sharing import Shared, Turns, draw_turns, in_rollout
+from .sharing import Exploring, Shared, Turns, draw_turns, exploring, in_rollout
 from .statistics import EpisodeStatistics, HostView
 from .vec_env import TorchVecEnv
 
@@ -77,6 +77,13 @@ class ReDiFPPO(PPO):
             updates alike; None: all. The gradients of a minibatch's parts add up to its own, so
             that only memory and time depend on it. A student that runs out of the device's memory
             warns, halves it, and goes on from where it was.
+        reuse_forward: Whether an update goes back through the rollout's own forward pass in place
+            of sending the states forward again: the same gradient for one evaluation a state less,
+            and the memory of its activations until then. For rollouts of one episode that are used
+            once, as one minibatch: `n_epochs=1`, and `batch_size` the rows of the environment.
+            Needs one exploring step and groups; not with `micro_batch_size`, a free schedule, and
+            students that processes share out. A student that was changed between the two is asked
+            again.
         n_epochs: Passes over a rollout.
         gamma: Discount factor of `advantage="gae"`; groups do not discount.
         gae_lambda, clip_range, clip_range_vf, normalize_advantage, ent_coef, vf_coef: as in
@@ -180,6 +187,7 @@ class ReDiFPPO(PPO):
         stochastic_steps: str | int | None = None,
         step_weights: Sequence[float] | None = None,
         micro_batch_size: int | None = None,
+        reuse_forward: bool = False,
         antithetic: bool | None = None,
         eta: float | Schedule = 0.0,
         min_std: float | Schedule = 0.005,
@@ -224,6 +232,7 @@ class ReDiFPPO(PPO):
         self.stochastic_steps: str | int = check("stochastic_steps", stochastic_steps)
         self.step_weights: list[float] | None = check("step_weights", step_weights)
         self.micro_batch_size: int | None = check("micro_batch_size", micro_batch_size)
+        self.reuse_forward: bool = check("reuse_forward", reuse_forward)
         self.antithetic: bool = grouped if antithetic is None else check("antithetic", antithetic)
         self.eta = eta
         self.min_std = min_std
@@ -296,6 +305,7 @@ class ReDiFPPO(PPO):
         self._checked_env: Any = None
         self._row: Tensor
         self._start: list[Tensor] = []
+        self._kept_with: list[int] = []
 
     @property
     def window(self) -> int | None:
@@ -436,6 +446,7 @@ class ReDiFPPO(PPO):
         rollout_buffer.reset()
         callback.on_rollout_start()  # first: what it saves holds nothing of this rollout
         self._divide_rows(rollout_buffer)
+        self._kept_with = self._weights_version() if self.reuse_forward else []
         statistics = EpisodeStatistics()
         bounds = self._action_bounds(env.device)
         running: Tensor | None = None
@@ -549,6 +560,8 @@ class ReDiFPPO(PPO):
             self._record(history, clip_range)
         if self._choices.num_rows:
             self._train_choices(self._choices)
+        if isinstance(self.rollout_buffer, TorchRolloutBuffer):
+            self.rollout_buffer.forget_graphs()
 
     @property
     def _trains_steps(self) -> bool:
@@ -660,6 +673,8 @@ class ReDiFPPO(PPO):
     ) -> dict[str, Tensor]:
         """The gradient of a minibatch's loss, summed over its parts; returns what to log."""
         batch = batch._replace(advantages=self._advantages(batch))  # relative to all of its rows
+        if getattr(batch, "kept", None) is not None and not self._take_graphs():
+            batch = batch._replace(kept=None)
         self.policy.optimizer.zero_grad()
         evaluations = []
         for part in minibatch.split(batch, self.micro_batch_size):
@@ -792,11 +807,18 @@ class ReDiFPPO(PPO):
             rows = self._exploring_rows(buffer)
             shared = self._shared_rows(buffer)
             choosing = None if running is None else self._row >= buffer.student_rows
-            explore = functools.partial(
-                self.policy.explore, observation, rows, self.antithetic, choosing, shared
-            )
+            keeping = self._keeping(buffer, shared)
+
+            def explore() -> Exploration:
+                kept = keeping if self.micro_batch_size is None else None
+                return self.policy.explore(  # type: ignore[operator]
+                    observation, rows, self.antithetic, choosing, shared, kept
+                )
+
             asked = self.n_envs if shared is None else len(shared.asked)
             explored = self._within_memory(explore, asked)
+            if keeping is not None and explored.kept is not None:
+                buffer.keep(keeping.groups, explored.kept)
             if explored.choice is not None and running is not None:
                 drawn = explored.actions[:, -1]
                 episode = buffer.pos // buffer.episode_length
@@ -825,6 +847,26 @@ class ReDiFPPO(PPO):
             self._explored_step = self._turns.steps.repeat_interleave(buffer.group_size)
             buffer.add_explored_step(self._explored_step)
         return exploration.in_window(step, self._explored_step, length, window)
+
+    def _keeping(self, buffer: TorchRolloutBuffer, shared: Shared | None) -> Exploring | None:
+        """Which states' activations the update is going to use; None: none."""
+        if shared is None or not self.reuse_forward:
+            return None
+        step = buffer.pos % buffer.episode_length
+        return exploring(self._turns, step, shared, buffer.group_size)
+
+    def _take_graphs(self) -> bool:
+        """Whether to go back through the rollout's forward pass now, which is possible once.
+
+        Not if somebody changed the student since, or the device has no room for all rows at once.
+        """
+        kept_with, self._kept_with = self._kept_with, []
+        return self.micro_batch_size is None and kept_with == self._weights_version()
+
+    def _weights_version(self) -> list[int]:
+        """Changes with every change of the student's weights in place."""
+        policy: Any = self.policy
+        return [weights._version for weights in policy.denoiser.network.parameters()]
 
     def _shared_rows(self, buffer: TorchRolloutBuffer) -> Shared | None:
         """Which rows are in one state in the current step, see `sharing`."""
@@ -937,4 +979,5 @@ class ReDiFPPO(PPO):
             "_choices",
             "_checked_env",
             "_row",
+            "_kept_with",
         ]

@@ -25,6 +25,20 @@ class Shared(NamedTuple):
     answer: Tensor
 
 
+class Exploring(NamedTuple):
+    """Which of the rows that a network is asked about explore in the current step.
+
+    Attributes:
+        first: Their places in `Shared.asked`, and after them those of the others, int64 `(M,)`.
+        num: How many explore.
+        groups: Their groups, int64 `(num,)`.
+    """
+
+    first: Tensor
+    num: int
+    groups: Tensor
+
+
 class Turns(NamedTuple):
     """Which step each group of rows explores, of an episode of all.
 
@@ -73,6 +87,14 @@ def in_rollout(turns: Turns, step: int, group_size: int) -> Shared | None:
     place[together] = rows[:sharing, :1] // group_size
     place[apart] = sharing + rows.flatten()[: len(apart) * group_size].reshape(-1, group_size)
     return Shared(torch.cat([rows[together, 0], rows[apart].flatten()]), place.flatten())
+
+
+def exploring(turns: Turns, step: int, shared: Shared, group_size: int) -> Exploring:
+    """Which of the states of a step explore in it: one for each group whose turn it is."""
+    row = shared.asked
+    others = turns.steps[row // group_size] != step
+    first, num = others.int().argsort(stable=True), turns.counts[step]
+    return Exploring(first, num, row[first[:num]] // group_size)
 
 
 def neighbours(num_rows: int, same: int, device: torch.device) -> Shared | None:

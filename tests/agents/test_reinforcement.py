@@ -50,6 +50,19 @@ def test_the_ledger_is_what_networks_were_asked(teacher, bank, calls, preset, ro
     assert result.ledger.updates["student"] > 0
 
 
+def test_a_forward_pass_that_is_reused_counts_once(teacher, bank, calls):
+    """A state a pair and iteration less than where it is sent forward again: by counted calls."""
+    options = {"iterations": 2, "n_epochs": 1, **FEW}
+    totals = []
+    for reuse in (False, True):
+        calls["total"] = 0
+        result = reinforcement.train(teacher, bank, GRID, reuse_forward=reuse, **options)
+        assert result.ledger.total == calls["total"]
+        assert result.ledger.evaluations["update"] == 3 * 2 * 8
+        totals.append(result.ledger.total)
+    assert totals[0] - totals[1] == 2 * 8
+
+
 def test_the_recipe_is_that_of_the_number_of_steps():
     rates = [
         reinforcement.recipe_options("default", {}, MSE(), num_steps)[1]["learning_rate"](1.0)

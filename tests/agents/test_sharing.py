@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from small_world import OnRolloutEnd, weights
+from test_out_of_memory import Limited
 
 from agents import minibatch, ppo, sharing
+from agents.buffers import TorchRolloutBuffer
+from agents.ppo import RatioError
+from redif_env.errors import InvalidArgumentError
 
 GROUPS, SIZE, STEPS = 7, 4, 3
 
@@ -117,3 +124,124 @@ def test_a_rollout_in_which_nothing_explored_has_no_minibatches(make_env, make_m
     assert list(buffer.get(4))
     buffer["running"].fill_(False)
     assert not list(buffer.get(4))
+
+
+REUSED = {"batch_size": 16, "reuse_forward": True}
+
+
+def learned(make_model, make_env, rollouts=3, **options):
+    """An agent that has learned from 16 trajectories a rollout, and its weights."""
+    model = make_model(make_env(16), **options)
+    model.learn(rollouts * 16 * STEPS)
+    return model, weights(model)
+
+
+@pytest.mark.parametrize("step", range(STEPS))
+def test_who_explores_in_a_step_comes_first(step):
+    torch.manual_seed(0)
+    turns = sharing.draw_turns(GROUPS, STEPS, 1, CPU)
+    shared = sharing.in_rollout(turns, step, SIZE)
+    found = sharing.exploring(turns, step, shared, SIZE)
+    rows = shared.asked[found.first]
+    explores = turns.steps[rows // SIZE] == step
+    assert found.num == (turns.steps == step).sum() == explores.sum()
+    assert explores[: found.num].all()
+    assert torch.equal(found.groups, rows[: found.num] // SIZE)
+    assert torch.equal(found.first.sort().values, torch.arange(len(shared.asked)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"divergence": "kl", "divergence_coef": 0.1},
+        {"credit": "global"},
+        {"advantage": "gae", "credit": "local", "stochastic_steps": "one"},
+        {"policy_kwargs": {"lora_rank": 2}},
+        {"policy_kwargs": {"gradient_checkpointing": True}},
+    ],
+    ids=str,
+)
+def test_going_back_through_the_rollout_trains_the_same_student_for_less(
+    make_env, make_model, options
+):
+    """Of each rollout's four groups one state each is asked about once, and not twice."""
+    asked, expected = learned(make_model, make_env, **{**REUSED, **options, "reuse_forward": False})
+    kept, found = learned(make_model, make_env, **REUSED, **options)
+    assert torch.allclose(found, expected, rtol=0, atol=2e-6)  # batches of other sizes
+    assert kept.rows_trained == asked.rows_trained == 3 * 4
+    evaluations = [model.policy.denoiser.network_evaluations for model in (asked, kept)]
+    assert evaluations[0] - evaluations[1] == kept.rows_trained
+    start = weights(make_model(make_env(16), **{**REUSED, **options}))
+    assert (found - start).abs().max() > 1e-5
+
+
+def test_what_is_kept_is_that_states_own(make_env, make_model, monkeypatch):
+    """Negative control: what is said of other states is noticed."""
+    _, expected = learned(make_model, make_env, **REUSED)
+    keep = TorchRolloutBuffer.keep
+
+    def mixed_up(self, groups, x0_pred):
+        with torch.enable_grad():
+            keep(self, groups, x0_pred.flip(0))
+
+    monkeypatch.setattr(TorchRolloutBuffer, "keep", mixed_up)
+    with pytest.raises(RatioError):
+        learned(make_model, make_env, **REUSED)
+    assert expected.isfinite().all()
+
+
+def test_a_student_that_was_changed_since_is_asked_again(make_env, make_model):
+    """And is refused: what it says is not what the rollout was drawn from."""
+    model = make_model(make_env(16), **REUSED)
+
+    def change(agent) -> None:
+        with torch.no_grad():
+            for weight in agent.policy.denoiser.network.parameters():
+                weight.mul_(1.1)
+
+    with pytest.raises(RatioError):
+        model.learn(16 * STEPS, callback=OnRolloutEnd(change))
+
+
+def test_activations_are_kept_until_the_update_alone(make_env, make_model):
+    model, _ = learned(make_model, make_env, rollouts=1, learning_rate=0.0, **REUSED)
+    batch = next(model.rollout_buffer.get(16))
+    assert batch.kept is None
+    copy.deepcopy(model.rollout_buffer)  # tensors with a graph can not be copied
+    model.train()  # again: the student is asked
+    assert model.updates == 2
+
+
+@pytest.mark.parametrize("when", ["update", "backward"])
+def test_a_rollout_that_does_not_fit_is_asked_again_in_parts(make_env, make_model, when):
+    """Both passes may run out of memory; what was kept is not used then."""
+    _, expected = learned(make_model, make_env, rollouts=1, **REUSED)
+    model = make_model(make_env(16), **REUSED)
+    limited = Limited(model, 1, when)
+    with pytest.warns(UserWarning, match="out of memory"):
+        model.learn(16 * STEPS)
+    assert limited.refused
+    assert model.micro_batch_size == 1
+    assert torch.allclose(weights(model), expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("argument", "options", "env"),
+    [
+        ("n_epochs", {"n_epochs": 2}, {}),
+        ("batch_size", {"batch_size": 12}, {}),
+        ("n_steps", {"n_steps": 2 * STEPS}, {}),
+        ("stochastic_steps", {"stochastic_steps": "all"}, {}),
+        ("micro_batch_size", {"micro_batch_size": 4}, {}),
+        ("group_size", {"advantage": "batch", "stochastic_steps": "one"}, {"group_size": 1}),
+        ("shard_student", {"policy_kwargs": {"shard_student": True}}, {}),
+        ("reuse_forward", {}, {"schedule": "free", "num_steps": STEPS}),
+    ],
+)
+def test_it_is_refused_where_the_student_is_not_the_same(
+    make_env, make_model, argument, options, env
+):
+    with pytest.raises(InvalidArgumentError) as caught:
+        make_model(make_env(16, **env), **{**REUSED, **options})
+    assert caught.value.argument == argument
