@@ -34,7 +34,7 @@ class IterationCallback(BaseCallback):
         super().__init__()
         self.every = check_integer("every", every, 1)
         self.iteration = 0
-        self._last_called: int | None = None
+        self._last_called: tuple[int, int] | None = None
 
     @abstractmethod
     def on_iteration(self) -> None:
@@ -51,8 +51,9 @@ class IterationCallback(BaseCallback):
         self._call()
 
     def _call(self) -> None:
-        if self._last_called != self.iteration:
-            self._last_called = self.iteration
+        now = (id(self.model), self.iteration)  # one callback may serve several agents
+        if self._last_called != now:
+            self._last_called = now
             self.on_iteration()
 
     def _on_step(self) -> bool:

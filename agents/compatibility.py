@@ -125,8 +125,17 @@ def check_process(base: Any) -> None:
         )
 
 
-def check_student(student: Any, teacher: Any) -> None:
-    """A student of another size or prediction type will do, but not of another kind of model."""
+def check_student(student: Any, teacher: Any, guidance_scale: float) -> None:
+    """A student of another size or prediction type will do, but not of another kind of model.
+
+    Nor one that asks its network more, or less, often than the environment counts.
+    """
+    if student.guidance_scale != guidance_scale:
+        raise InvalidArgumentError(
+            "student",
+            f"guidance_scale={student.guidance_scale:g}",
+            f"the environment has {guidance_scale:g}: make both with the same.",
+        )
     if student.num_classes != teacher.num_classes:
         raise InvalidArgumentError(
             "student",

@@ -52,6 +52,8 @@ __all__ = [
 ]
 
 SEARCH = "search"
+# Of other methods than PPO, whose recipe knows what is best for it alone: their own defaults.
+OF_OTHERS = {"batch_size": 256, "learning_rate": 2e-4}
 NUM_VALIDATION = 512  # tasks that the grid is searched on, and training is followed
 
 
@@ -145,8 +147,9 @@ def distill(
         teacher: Bundled name, diffusers folder, or `Teacher`.
         num_steps: Steps, and network evaluations, of the student.
         method: `"ppo"`, or another technique to compare with, see `baselines.METHODS`. Those make
-            `iterations * num_envs / batch_size` updates, and take none of `preset`, `group_size`,
-            the options of exploration and memory, `n_epochs`, `changes`, adapters and `callback`.
+            `iterations * num_envs / batch_size` updates, by default of 256 tasks at 2e-4, and take
+            none of `preset`, `group_size`, the options of exploration and memory, `n_epochs`,
+            `changes`, adapters and `callback`.
         student: For a smaller one: its share of the teacher's parameters, such as 0.25, or settings
             of its network in place of the teacher's, such as `{"layers_per_block": 1}`. It starts
             from the teacher's corresponding weights, see `smaller.copy_weights`. None: all of it.
@@ -223,9 +226,12 @@ def distill(
     recipe = reinforcement.changed(recipe, changes or {})
     if method != PPO:
         METHODS[method].check_reward(reward)
+        recipe["agent"] |= OF_OTHERS
     teacher = _as_teacher(teacher, _join_processes(teacher, device, plan))
     learned = schedule == LEARNED
     description = None if student is None else smaller.describe_smaller(teacher, student)
+    if description is not None and guidance_scale is not None:
+        description["guidance_scale"] = guidance_scale
     noise = teacher.denoiser.schedule
     uniform = schedules.uniform(noise, plan.num_steps)
     searches = learned or schedule == SEARCH
@@ -249,7 +255,9 @@ def distill(
     config["timesteps"] = grid.tolist()
     with resuming.claimed(plan.written, config, resume):
         started["training_seconds"] = time.monotonic()
-        start, spent = _warm_up(plan, teacher, banks, grid, description, solver_order)
+        start, spent = _warm_up(
+            plan, teacher, banks, grid, description, solver_order, guidance_scale
+        )
         if method == PPO:
             trained = _train_ppo(plan, model, start, banks, grid, started, config)
         else:
@@ -336,12 +344,15 @@ def _warm_up(
     grid: Tensor,
     description: dict[str, Any] | None,
     solver_order: int,
+    guidance_scale: float | None,
 ) -> tuple[Denoiser, Counter[str]]:
     """What training proper starts from, and what that cost."""
     start = teacher.denoiser
     if description is not None:
         start = smaller.make_smaller(teacher, description)
     start = _with_order(start, solver_order)
+    if guidance_scale is not None:
+        start.set_guidance(guidance_scale, start.guidance_rescale)
     if not plan.warm_up:
         return start, Counter()
     options = {

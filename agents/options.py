@@ -22,6 +22,8 @@ CREDITS = ("local", "global")
 STOCHASTIC_STEPS = ("all", "one")
 SHARES = ("gamma", "gae_lambda")
 OPTIONAL = ("target_kl", "divergence_target", "clip_range_vf")
+# May be functions of the progress that remains.
+SCHEDULES = ("learning_rate", "clip_range", "clip_range_vf", "eta", "min_std")
 NUMBERS = (
     *("learning_rate", "clip_range", "eta", "min_std", "ent_coef", "vf_coef", "max_grad_norm"),
     *SHARES,
@@ -39,11 +41,11 @@ def check(name: str, value: Any) -> Any:
 def check_numbers(options: Mapping[str, Any], seed: object) -> None:
     """Numbers must be finite and not negative, shares at most 1, and a seed one that numpy takes.
 
-    Functions of the remaining progress are called for the first time in training, and None is what
-    it stands for.
+    Functions of the remaining progress are called, and checked, in training; None is what it
+    stands for.
     """
     for name, value in options.items():
-        if callable(value) or (value is None and name in OPTIONAL):
+        if (name in SCHEDULES and callable(value)) or (value is None and name in OPTIONAL):
             continue
         check_number(name, value, -1e30 if name == "ent_coef" else 0, 1 if name in SHARES else 1e30)
     if seed is not None and check_integer("seed", seed, 0) >= 2**32:

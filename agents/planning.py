@@ -165,7 +165,7 @@ def _as_callback(callback: MaybeCallback) -> BaseCallback | None:
         return callback
     if isinstance(callback, list) and all(isinstance(each, BaseCallback) for each in callback):
         return CallbackList(callback)
-    if callable(callback):
+    if callable(callback) and not isinstance(callback, type):
         return ConvertCallback(callback)
     raise InvalidArgumentError(
         "callback", callback, "pass a callback of Stable-Baselines3, a list of them, or a function."

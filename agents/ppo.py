@@ -22,7 +22,7 @@ from torch import Tensor
 
 from redif_env import parallel
 from redif_env.env import ReDiFEnv
-from redif_env.errors import InvalidArgumentError
+from redif_env.errors import InvalidArgumentError, check_number
 from redif_env.rewards import online_terms
 from redif_env.vector_env import ReDiFVectorEnv
 
@@ -56,6 +56,10 @@ __all__ = ["GAP_FRACTION", "RatioError", "ReDiFPPO", "TrainingDivergedError"]
 
 Answer = TypeVar("Answer")
 CHECKS = (OrderEnforcing, PassiveEnvChecker)  # what `gymnasium.make` adds: they change nothing
+
+
+# None as an argument: worked out from others at construction, and kept as it is by `load`.
+DEFAULTED = ("credit", "stochastic_steps", "antithetic", "n_steps", "rollout_buffer_kwargs")
 
 
 class ReDiFPPO(PPO):
@@ -136,8 +140,10 @@ class ReDiFPPO(PPO):
         divergence_target: Adapt the coefficient so that the divergence an element stays near this.
         policy_kwargs: For the policy. With `StudentPolicy`, `student` and `timesteps` default to
             the environment's teacher and grid.
-        rollout_buffer_class, rollout_buffer_kwargs, stats_window_size, tensorboard_log, verbose,
-        seed, device: as in Stable-Baselines3; the device defaults to the environment's. On a
+        rollout_buffer_class: On a `TorchVecEnv` `TorchRolloutBuffer` or a class of it; no other
+            holds tensors.
+        rollout_buffer_kwargs, stats_window_size, tensorboard_log, verbose, seed, device: as in
+            Stable-Baselines3; the device defaults to the environment's. On a
             `TorchVecEnv` means of episodes are those of the last rollout that ended some, whatever
             `stats_window_size` is.
 
@@ -307,6 +313,22 @@ class ReDiFPPO(PPO):
         self._start: list[Tensor] = []
         self._kept_with: list[int] = []
 
+    @classmethod
+    def load(cls, path: Any, env: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As in Stable-Baselines3; None for an option that has a default stands for what was saved.
+
+        Raises:
+            InvalidArgumentError: for options that do not go together, or with the saved policy.
+        """
+        given = {k: v for k, v in kwargs.items() if not (v is None and k in DEFAULTED)}
+        if given.get("rollout_buffer_kwargs"):
+            raise InvalidArgumentError(
+                "rollout_buffer_kwargs",
+                given["rollout_buffer_kwargs"],
+                "pass its options to load by themselves.",
+            )
+        return super().load(path, env, *args, **given)
+
     @property
     def window(self) -> int | None:
         """How many steps of an episode explore; None: all."""
@@ -335,12 +357,15 @@ class ReDiFPPO(PPO):
         check_again(self)
         compatibility.check_options(self)
         coef, rate_target = self.divergence_coef, self.target_kl if self.adaptive_lr else None
+        if self.adaptive_coef is not None and self.adaptive_coef.coefficient != coef:
+            self.adaptive_coef = None  # `load` was given another
         self.adaptive_coef = adapting(self.adaptive_coef, self.divergence_target, coef)
         self.lr_divisor = adapting(self.lr_divisor, rate_target)
         self._copies_teacher = False
+        buffer = self.rollout_buffer_class or RolloutBuffer
         if self.env is not None:
             self._configure()
-        elif self.rollout_buffer_class is TorchRolloutBuffer:  # loaded; `set_env` knows the rest
+        elif issubclass(buffer, TorchRolloutBuffer):  # loaded; `set_env` knows the rest
             self.rollout_buffer_kwargs.update(wiring.buffer_options(self))
         super()._setup_model()
         self._check_student()
@@ -385,7 +410,9 @@ class ReDiFPPO(PPO):
         compatibility.check_parallel(None if env is None else env.env.unwrapped)
         if env is None:
             return
-        self.rollout_buffer_class = TorchRolloutBuffer
+        own = self.rollout_buffer_class
+        if own is None or not issubclass(own, TorchRolloutBuffer):
+            self.rollout_buffer_class = TorchRolloutBuffer  # no other holds tensors
         self.rollout_buffer_kwargs = {**self.rollout_buffer_kwargs, **wiring.buffer_options(self)}
         if self.trains_student:
             self._configure_student(env.env)
@@ -423,7 +450,9 @@ class ReDiFPPO(PPO):
     def _check_student(self) -> None:
         base = self.env.env.unwrapped if isinstance(self.env, TorchVecEnv) else None
         if isinstance(base, ReDiFVectorEnv) and isinstance(self.policy, StudentPolicy):
-            compatibility.check_student(self.policy.denoiser, base.teacher.denoiser)
+            compatibility.check_student(
+                self.policy.denoiser, base.teacher.denoiser, base.guidance_scale
+            )
 
     def _load_teacher_weights(self) -> None:
         if self._copies_teacher:
@@ -547,8 +576,8 @@ class ReDiFPPO(PPO):
         if not self._start:  # not at construction: `load` brings the weights after it
             self._start = diagnostics.copies(self._actor_parameters())
         self._update_learning_rate(self.policy.optimizer)
-        clip_range = self.clip_range(self._current_progress_remaining)  # type: ignore[operator]
-        clip_range_vf = self.clip_range_vf and self.clip_range_vf(self._current_progress_remaining)  # type: ignore[operator]
+        clip_range = self._now("clip_range", self.clip_range)
+        clip_range_vf = self.clip_range_vf and self._now("clip_range_vf", self.clip_range_vf)
         history: list[dict[str, Tensor]] = []
         for _ in range(self.n_epochs if self._trains_steps else 0):
             completed = self._train_epoch(clip_range, clip_range_vf, history)
@@ -778,10 +807,15 @@ class ReDiFPPO(PPO):
 
     def _update_learning_rate(self, optimizers: Any) -> None:
         """As in Stable-Baselines3; a group's `lr_scale` multiplies its learning rate."""
+        self._now("learning_rate", self.lr_schedule)
         super()._update_learning_rate(optimizers)
         for group in self.policy.optimizer.param_groups:
             divisor = 1.0 if self.lr_divisor is None else self.lr_divisor.coefficient
             group["lr"] *= group.get("lr_scale", 1.0) / divisor
+
+    def _now(self, name: str, value: Any) -> float:
+        """A function of the remaining progress as it is now; errors name it."""
+        return check_number(name, at(value, self._current_progress_remaining))
 
     def _set_exploration(self) -> None:
         if isinstance(self.policy, StudentPolicy):

@@ -41,7 +41,11 @@ POLICY_OPTIONS = (
     "learn_std",
     "schedule_lr_scale",
 )
-MADE = ("policy", "env", "policy_kwargs", "_init_setup_model")  # arguments that are made here
+# Arguments that are made here: a rollout is an episode of all, and figures go to the history.
+MADE = (
+    *("policy", "env", "policy_kwargs", "_init_setup_model", "n_steps"),
+    *("rollout_buffer_class", "rollout_buffer_kwargs", "tensorboard_log"),
+)
 # Starts close to the grid, and stops early or late often enough to learn from it.
 ADAPTIVE_HEAD = {"kind": "beta", "adaptive": True, "concentration": 60.0, "stop_prob": 0.3}
 
@@ -128,7 +132,8 @@ def train(
         budget: In its place, network-forward equivalents to spend: as many iterations as fit, by
             what the first two of another agent with the same settings cost.
         num_envs: Trajectories of a rollout.
-        start: What training starts from; not changed. Default: the teacher.
+        start: What training starts from, with its guidance scale; not changed. Default: the
+            teacher.
         learned: Whether to train the times too, from `grid`.
         adaptive: With `learned`: whether each sample has times and a number of steps of its own,
             at most as many as `grid`. A step should have a `step_cost` then.
@@ -157,6 +162,8 @@ def train(
         if start is not None and _differs(start, teacher.denoiser):
             description = describe(start, teacher.make_solver())
             agent_options["policy_kwargs"]["student"] = description
+        if start is not None:
+            env_options["guidance_scale"] = start.guidance_scale
         env_options |= {"reward": own, "seed": seed}
         agent_options["seed"] = seed
         model = make_model(
@@ -278,5 +285,7 @@ class _Follower(IterationCallback):
 
 
 def _differs(student: Denoiser, teacher: Denoiser) -> bool:
-    """Whether the two have other architectures."""
+    """Whether the two have other architectures, or guide in another way."""
+    if student.guidance_rescale != teacher.guidance_rescale:
+        return True
     return architecture(student.network) != architecture(teacher.network)

@@ -59,7 +59,16 @@ class TrainingState:
 def _check_state(term: OnlineReward) -> None:
     """Refuse what checkpoints and `load` would not take, before anything is trained."""
     try:
-        pack(term.state_dict())
+        state = term.state_dict()
+    except Exception as error:
+        raise InvalidArgumentError(
+            "reward",
+            term.name,
+            f"its state_dict() fails before the first update ({type(error).__name__}: {error}): "
+            "make what it holds in __init__.",
+        ) from error
+    try:
+        pack(state)
     except TypeError as error:
         raise InvalidArgumentError(
             "reward",

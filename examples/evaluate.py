@@ -203,7 +203,8 @@ def sampler(folder: Path, num_steps: int, teacher: Teacher) -> Any:
         model = load_teacher(folder, num_steps=num_steps, device=teacher.device)
         check_model(folder, model.denoiser.latent_shape, teacher)
         return model.sample
-    student = load_denoiser(folder, guidance_scale=info["guidance_scale"]).to(teacher.device)
+    guidance = {name: info[name] for name in ("guidance_scale", "guidance_rescale") if name in info}
+    student = load_denoiser(folder, **guidance).to(teacher.device)
     check_model(folder, student.latent_shape, teacher)
     grid = schedules.explicit(
         times_of(info, student.schedule.num_train_timesteps), student.schedule

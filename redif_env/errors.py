@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from types import ModuleType
 
+import numpy as np
 import torch
 
 
@@ -150,9 +151,9 @@ def check_number(
 
 def check_flag(argument: str, value: object) -> bool:
     """Return `value`; raise `InvalidArgumentError` unless it is True or False."""
-    if not isinstance(value, bool):  # an array has no truth
+    if not isinstance(value, bool | np.bool_):  # an array has no truth
         raise InvalidArgumentError(argument, value, "pass True or False.")
-    return value
+    return bool(value)
 
 
 def check_choice(argument: str, value: object, choices: tuple[str, ...]) -> str:

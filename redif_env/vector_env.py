@@ -499,7 +499,7 @@ class ReDiFVectorEnv(VectorEnv):
             # A copy of arrays: torch takes none that are read-only or run backwards.
             array = not isinstance(actions, Tensor)
             action = torch.as_tensor(np.array(actions) if array else actions)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise InvalidActionError("actions", actions, "pass a tensor or array.") from error
         if action.shape != self.action_space.shape:
             raise InvalidActionError(

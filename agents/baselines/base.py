@@ -224,7 +224,7 @@ class Method(ABC):
             learning_rate: Initial learning rate of Adam.
             max_grad_norm: Largest gradient norm.
             ema_decay: Of the student's moving average, an iteration; reached after a warm-up.
-            guidance_scale: Of the student; default: the teacher's.
+            guidance_scale: Of the student; default: that of what it starts from.
             solver_order: Of the student's steps, see `Denoiser`; a method has `solver_orders`.
             start: What training starts from, such as another technique's student or a smaller
                 network; not changed. Default: the teacher.

@@ -33,7 +33,8 @@ class OnlineReward(Reward):
     def state_dict(self) -> dict[str, Any]:
         """All that `update` changes: tensors on the host, numbers and text, in dicts and lists.
 
-        Plain ones, not of numpy: checkpoints hold no pickles.
+        Plain ones, not of numpy: checkpoints hold no pickles. It is called before the first
+        `update`, too.
         """
 
     @abstractmethod

@@ -197,3 +197,10 @@ def test_a_progress_bar_needs_a_length():
 def test_the_number_of_pictures_must_be_an_integer(held_out, num_images):
     with pytest.raises(InvalidArgumentError, match="num_images"):
         HeldOutEvaluation(held_out, num_images=num_images)
+
+
+def test_a_callback_of_two_agents_is_called_before_each_learns(make_model, held_out):
+    callback = HeldOutEvaluation(held_out, every=1)
+    for seed in (0, 1):
+        make_model(seed=seed).learn(2 * ITERATION, callback=callback)
+    assert [entry["iteration"] for entry in callback.history] == [0, 1, 2, 2, 3, 4]

@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_models import pixel_unet
 
 from agents import distill, distillation
+from agents.baselines import METHODS
 from agents.distillation import find_judge, last_taken, next_free, versions
 from agents.evaluation import compare
 from redif_env import Denoiser, KernelSolver, schedules
@@ -475,6 +476,7 @@ def test_another_method_has_the_same_report_and_folder(tmp_path, small):
         ("schedule", "learned"),
         ("reward", "ssim"),
         ("callback", CountRollouts()),
+        ("callback", CountRollouts),
         ("batch_size", 0),
         ("ema_decay", 2.0),
     ],
@@ -559,4 +561,50 @@ def test_a_solver_that_can_not_be_exported_is_refused_before_training(tmp_path):
     teacher = teacher_on(VPSchedule(torch.linspace(0.999, 0.01, 1000)), {"beta_schedule": "mine"})
     with pytest.raises(InvalidArgumentError, match="scheduler_config="):
         distill(teacher, **SMALL, out=tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+GUIDED = {**SMALL, "num_steps": 1, "schedule": [850.0], "guidance_scale": 1.0, "warm_up": 2}
+
+
+@pytest.mark.parametrize("student", [None, {"layers_per_block": 1}])
+def test_guidance_is_distilled_away_in_smaller_students_and_the_warm_up_too(monkeypatch, student):
+    teacher = load_teacher("digits", num_steps=5, guidance_scale=2.0)
+    scales = []
+    train = distillation.OutputRegression.train
+
+    def watched(*args, **options):
+        result = train(*args, **options)
+        scales.append(result.student.guidance_scale)
+        return result
+
+    monkeypatch.setattr(distillation.OutputRegression, "train", watched)
+    result = distill(teacher, student=student, **GUIDED)
+    assert scales == [1.0]
+    assert (result.student.guidance_scale, result.report["nfe"]) == (1.0, 1)
+    assert result.report["ledger"]["update"] == 3 * SMALL["iterations"] * 4  # a group's one state
+
+
+def test_other_methods_have_no_recipe_of_ppo(monkeypatch):
+    """At one step that has minibatches of 64, from six steps on a tenth of the rate."""
+    seen = []
+    method = METHODS["backprop"]
+    train = method.train
+
+    def watched(*args, **options):
+        seen.append((options["batch_size"], options["learning_rate"]))
+        return train(*args, **options)
+
+    monkeypatch.setattr(method, "train", watched)
+    options = {"method": "backprop", "iterations": 1, "num_envs": 256, "bank_size": 64}
+    for schedule in ([850.0], [900.0, 700.0, 500.0, 300.0, 200.0, 100.0]):
+        few = {**options, "num_steps": len(schedule), "num_held_out": 100, "eval_every": 1}
+        distill(new_teacher(), schedule=schedule, **few)
+    assert seen == [(256, 2e-4)] * 2
+
+
+@pytest.mark.parametrize("name", ["n_steps", "tensorboard_log", "rollout_buffer_class"])
+def test_what_is_made_for_the_run_is_no_change(tmp_path, name):
+    with pytest.raises(InvalidArgumentError, match=name):
+        distill(**{**SMALL, "changes": {name: 4}, "out": tmp_path / "run"})
     assert not list(tmp_path.iterdir())

@@ -165,7 +165,7 @@ def rows_of(batch, rows):
             return {name: part[rows] for name, part in value.items()}
         return type(value)(*(part[rows] for part in value)) if value is batch.old else value[rows]
 
-    names = [name for name in batch._fields if name not in ("old_log_prob", "same")]
+    names = [name for name in batch._fields if name not in ("old_log_prob", "same", "kept")]
     return batch._replace(**{name: take(getattr(batch, name)) for name in names})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import gymnasium as gym
@@ -13,6 +14,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormali
 from torch import nn
 
 from agents import ReDiFPPO, TorchVecEnv
+from agents.buffers import TorchRolloutBuffer
 from redif_env.denoiser import Denoiser
 from redif_env.errors import InvalidArgumentError
 from redif_env.loading import load_teacher
@@ -286,3 +288,40 @@ def test_the_student_has_the_guidance_that_the_environment_says(make_env, make_m
     assert guided.denoiser.guidance_scale == 2
     same = make_model(make_env(teacher=guided, bank=bank))
     assert same.student().nfe == 2
+
+
+def test_a_student_of_another_guidance_scale_is_refused(teacher, make_env, make_model):
+    """It would ask its network twice where the environment counts once."""
+    student = copy.deepcopy(teacher.denoiser)
+    student.set_guidance(3.0)
+    with pytest.raises(InvalidArgumentError, match="guidance_scale=3") as caught:
+        make_model(policy_kwargs={"student": student})
+    assert caught.value.argument == "student"
+    make_model(make_env(guidance_scale=3.0), policy_kwargs={"student": student})
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "clip_range", "clip_range_vf"])
+@pytest.mark.parametrize("bad", [-1e-4, float("nan")])
+def test_a_function_of_the_progress_that_leaves_its_range_is_refused(make_model, name, bad):
+    def function(remaining: float) -> float:
+        return 0.1 if remaining > 0.2 else bad
+
+    model = make_model(**{name: function})
+    with pytest.raises(InvalidArgumentError) as caught:
+        model.learn(2 * ITERATION)
+    assert caught.value.argument == name
+    assert model.rollouts == 2
+
+
+@pytest.mark.parametrize("name", ["target_kl", "max_grad_norm", "vf_coef", "gamma", "ent_coef"])
+def test_a_function_where_a_number_is_wanted_is_refused(make_model, name):
+    with pytest.raises(InvalidArgumentError) as caught:
+        make_model(**{name: lambda remaining: 0.5})
+    assert caught.value.argument == name
+
+
+def test_a_buffer_of_ones_own_is_used(make_model):
+    class Own(TorchRolloutBuffer):
+        pass
+
+    assert type(make_model(rollout_buffer_class=Own).rollout_buffer) is Own

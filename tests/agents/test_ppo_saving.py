@@ -360,3 +360,25 @@ def test_the_single_environment_is_taken_as_tensors(teacher, bank):
     model = ReDiFPPO("StudentPolicy", env, advantage="gae", credit="global", batch_size=2, seed=0)
     assert isinstance(model.get_env(), TorchVecEnv)
     assert model.learn(4).num_timesteps == 4
+
+
+def test_none_for_what_has_a_default_keeps_what_was_saved(make_env, make_model, tmp_path):
+    make_model(credit="global", antithetic=False, stochastic_steps=2).save(tmp_path / "agent")
+    names = ("credit", "stochastic_steps", "antithetic", "n_steps", "rollout_buffer_kwargs")
+    loaded = ReDiFPPO.load(tmp_path / "agent", make_env(), **dict.fromkeys(names))
+    assert (loaded.credit, loaded.stochastic_steps, loaded.antithetic) == ("global", 2, False)
+
+
+def test_options_of_the_buffer_are_options_of_load(make_env, make_model, tmp_path):
+    make_model().save(tmp_path / "agent")
+    with pytest.raises(InvalidArgumentError, match="by themselves"):
+        ReDiFPPO.load(tmp_path / "agent", make_env(), rollout_buffer_kwargs={"credit": "global"})
+
+
+def test_a_coefficient_that_load_is_given_is_used(make_env, make_model, tmp_path):
+    model = make_model(divergence="kl", divergence_target=0.01).learn(ITERATION)
+    model.save(tmp_path / "agent")
+    kept = ReDiFPPO.load(tmp_path / "agent", make_env())
+    assert kept.adaptive_coef.coefficient == kept.divergence_coef == model.divergence_coef
+    given = ReDiFPPO.load(tmp_path / "agent", make_env(), divergence_coef=50.0)
+    assert given.adaptive_coef.coefficient == 50

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from agents import presets, reinforcement
 from agents.baselines import OutputRegression
+from agents.smaller import describe_smaller, make_smaller
 from redif_env import schedules
 from redif_env.errors import InvalidArgumentError
 from redif_env.rewards import MSE, Discriminator
@@ -137,3 +140,18 @@ def test_the_length_must_be_said_once(teacher, bank, options):
     with pytest.raises(InvalidArgumentError) as caught:
         reinforcement.train(teacher, bank, GRID, **options)
     assert caught.value.argument == "iterations"
+
+
+@pytest.mark.parametrize("smaller", [False, True])
+def test_a_students_guidance_scale_is_that_of_its_start(teacher, bank, smaller):
+    start = copy.deepcopy(teacher.denoiser)
+    if smaller:
+        description = describe_smaller(teacher, {"layers_per_block": 1})
+        start = make_smaller(teacher, description)
+    start.set_guidance(3.0)
+    result = reinforcement.train(teacher, bank, GRID, start=start, iterations=1, **FEW)
+    assert result.student.guidance_scale == 3.0
+    assert result.nfe == 2 * (len(GRID) - 1)
+    plain = reinforcement.train(teacher, bank, GRID, iterations=1, **FEW)
+    assert plain.student.guidance_scale == 1.0
+    assert result.ledger.evaluations["update"] == 2 * plain.ledger.evaluations["update"]

@@ -108,6 +108,13 @@ def test_a_reward_whose_state_can_not_be_saved_is_refused(make_env, make_model, 
         make_model(make_env(reward=Best(best)), credit="global")
 
 
+def test_a_reward_that_is_not_whole_before_its_first_update_is_refused(make_env, make_model):
+    reward = Best(0.5)
+    del reward.best
+    with pytest.raises(InvalidArgumentError, match=r"AttributeError.*__init__"):
+        make_model(make_env(reward=reward), credit="global")
+
+
 @pytest.mark.parametrize("best", [0.5, torch.ones(2), None])
 def test_a_plain_state_is_saved(make_env, make_model, tmp_path, best):
     make_model(make_env(reward=Best(best)), credit="global").save(tmp_path / "agent")

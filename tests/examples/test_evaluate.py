@@ -258,3 +258,16 @@ def test_adaptive_students_choose_their_times(tmp_path, tasks):
     expected, _ = sample(student, head, bank.x_T, bank.condition)
     # the exported copy steps with double-precision scales
     torch.testing.assert_close(answer(bank.x_T, bank.condition), expected, rtol=0, atol=1e-3)
+
+
+def test_students_keep_their_rescaled_guidance(tmp_path):
+    teacher = load_teacher("digits", num_steps=3, guidance_scale=3.0, guidance_rescale=0.7)
+    bank = TeacherBank.build(teacher, NUM, split="test", seed=0)
+    grid = torch.tensor([850.0, 300.0, 0.0])
+    export_student(teacher.denoiser, grid, teacher.make_solver().config, tmp_path / "student")
+    found = evaluate.sampler(tmp_path / "student", 2, teacher)(bank.x_T, bank.condition)
+    expected = schedules.sample(teacher.denoiser, bank.x_T, bank.condition, grid)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    teacher.denoiser.set_guidance(3.0, 0.0)
+    other = schedules.sample(teacher.denoiser, bank.x_T, bank.condition, grid)
+    assert (other - expected).abs().max() > 0.1

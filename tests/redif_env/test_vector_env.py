@@ -125,7 +125,8 @@ def test_spaces(make):
     assert env.single_action_space.low.tolist() == [-10.0] * DIM + [-1.0]
     assert set(env.single_observation_space) == {"latents", "timestep", "steps_left", "condition"}
     assert make(3, schedule="uniform").action_space.shape == (3, DIM)
-    assert make(3, residual=True).single_action_space.high[0] == 1.0
+    for residual in (True, np.True_):
+        assert make(3, residual=residual).single_action_space.high[0] == 1.0
     assert make(3, action_bound=2.5).single_action_space.high[0] == 2.5
 
 
@@ -809,6 +810,8 @@ def test_gradients_do_not_pile_up_in_the_state(make):
     """Actions straight from a policy would otherwise keep its graph alive, step after step."""
     env = make(schedule="uniform", residual=True)
     env.reset()
+    with pytest.raises(InvalidActionError):
+        env.step([torch.zeros(DIM, requires_grad=True)] * 4)
     actions = torch.zeros(4, DIM, requires_grad=True)
     observation, *_ = env.step(actions)
     assert not observation["latents"].requires_grad
