@@ -56,6 +56,7 @@ _NARROW: Settings = {**_SMALL, **_PREDICTION}
 # Steps as long, along the gradient, as they are for back-propagation: benchmarks/credit.py.
 _BALANCED: Settings = {"local_radius": [0, 4, 0, 0], "step_weights": [15, 90, 2, 1]}
 _ONCE: Settings = {"n_epochs": 1, "num_envs": 32, "batch_size": 32}
+_REUSED: Settings = {**_ONCE, "reuse_forward": True}
 _RATES = _rates(1e-4, 2e-4, 5e-4, 1e-3)
 _SIZES = ((5e-4, 128), (5e-4, 64), (2e-4, 64), (2e-4, 32))
 _OF_POINTS = (*_rates(1e-3, 3e-3), *_sizes((1e-3, 64), (3e-4, 64)))
@@ -263,7 +264,7 @@ TRIALS = (
 # Of rivals alone, where the best was at the edge of what was tried.
 BEYOND = (
     Trials(2, 300_000, {SURROGATE: _sizes((1e-4, 8))}, BLIND),
-    Trials(2, 300_000, {"backprop": _sizes((1e-4, 8))}, DIGITS),
+    Trials(2, 300_000, {"backprop": _sizes((1e-4, 8), (1e-4, 4))}, DIGITS),
     Trials(4, 300_000, {"backprop": _sizes((1e-5, 16), **_SECOND)}, DIGITS),
     Trials(
         2,
@@ -358,10 +359,16 @@ REMEDIES = (
                 *_rates(2e-5, local_radius=[1, 1, 0, 0], **_SECOND),
                 *_rates(2e-5, local_radius=1, **_PREDICTION, **_SECOND),
                 *_sizes((2e-5, 64), n_epochs=1, num_envs=64, **_SECOND),
+                *_sizes((2e-5, 32), num_envs=64, **_SECOND),
+                *_sizes((2e-5, 32), num_envs=32, n_epochs=2, **_SECOND),
+                *_sizes((2e-5, 64), n_epochs=2, **_SECOND),
+                *_rates(5e-5, **_ONCE, **_SECOND),
+                *_sizes((5e-5, 64), n_epochs=1, num_envs=64, reuse_forward=True, **_SECOND),
             )
         },
         DIGITS,
     ),
+    Trials(1, 300_000, {OURS: _rates(2e-4, **_REUSED)}, DIGITS),
     Trials(8, 300_000, {OURS: (*_rates(2e-5), *_rates(2e-5, **_PREDICTION, **_SECOND))}, DIGITS),
     Trials(
         2,
@@ -370,6 +377,10 @@ REMEDIES = (
             OURS: (
                 *_rates(2e-4, step_weights=[2, 1]),
                 *_sizes((1e-4, 64), (2e-4, 64), n_epochs=1, num_envs=64),
+                *_rates(1e-4, 2e-4, **_ONCE),
+                *_sizes((1e-4, 16), n_epochs=1, num_envs=16),
+                *_sizes((1e-4, 32), (2e-4, 32), n_epochs=1),
+                *_rates(1e-4, **_REUSED),
             )
         },
         DIGITS,
@@ -393,6 +404,11 @@ REMEDIES = (
             OURS: (
                 *_rates(1e-4, local_radius=[1, 0, 0], **_SECOND),
                 *_rates(1e-4, local_radius=[1, 0, 0], step_weights=[9, 1.5, 1], **_SECOND),
+                *_rates(1e-4, 5e-5, **_ONCE),
+                *_rates(5e-5, **_ONCE, **_SECOND),
+                *_sizes((1e-4, 32), n_epochs=1),
+                *_sizes((1e-4, 64), n_epochs=2),
+                *_rates(1e-4, **_REUSED),
             )
         },
         DIGITS,
@@ -425,7 +441,7 @@ CHOICES: dict[str | None, dict[int, dict[str, Settings]]] = {
                 "learning_rate": 5e-5,
             },
             "backprop": {"learning_rate": 1e-4, "batch_size": 16},
-            OURS: {"learning_rate": 2e-4, "n_epochs": 1, "batch_size": 32},
+            OURS: {**_REUSED, "learning_rate": 2e-4},
             f"progressive{AFTER}": _UNIFORM,
             # Those of benchmarks/schedules.py.
             f"{OURS}-adaptive": {
@@ -440,7 +456,7 @@ CHOICES: dict[str | None, dict[int, dict[str, Settings]]] = {
         2: {
             "output_regression": {"learning_rate": 2e-4, "batch_size": 32},
             "backprop": {"learning_rate": 1e-4, "batch_size": 8},
-            OURS: {"learning_rate": 2e-4},
+            OURS: {**_REUSED, "learning_rate": 1e-4},
         },
         3: {
             "trajectory_regression": {**_WALK, "learning_rate": 1e-4, "batch_size": 16},
@@ -457,7 +473,7 @@ CHOICES: dict[str | None, dict[int, dict[str, Settings]]] = {
                 "batch_size": 16,
             },
             "backprop": {**_SECOND, "learning_rate": 2e-5, "batch_size": 16},
-            OURS: {**_SECOND, "learning_rate": 2e-5},
+            OURS: {**_SECOND, "learning_rate": 2e-5, "n_epochs": 2, "batch_size": 64},
         },
         6: {
             "trajectory_regression": {
@@ -475,6 +491,7 @@ CHOICES: dict[str | None, dict[int, dict[str, Settings]]] = {
         1: {
             "trajectory_regression": {**_WALK, "learning_rate": 2e-4, "batch_size": 16},
             "backprop": {"learning_rate": 1e-4, "batch_size": 16},
+            OURS: {"learning_rate": 2e-4},
         },
         4: {
             "trajectory_regression": {**_WALK, "learning_rate": 2e-4, "batch_size": 32},
@@ -532,7 +549,8 @@ CHOICES: dict[str | None, dict[int, dict[str, Settings]]] = {
     },
 }
 # Ours with something changed: with the settings of ours, where they have none of their own.
-VARIANTS = (GAUSSIAN, TIMES, f"{OURS}-mmd", f"{OURS}-discriminator")
+OF_DISTRIBUTIONS = (f"{OURS}-mmd", f"{OURS}-discriminator")
+VARIANTS = (GAUSSIAN, TIMES, *OF_DISTRIBUTIONS)
 
 
 def chosen(method: str, task: str, num_steps: int) -> Settings:
@@ -542,7 +560,11 @@ def chosen(method: str, task: str, num_steps: int) -> Settings:
         for fewest, settings in CHOICES.get(place, {}).items():
             own |= settings if num_steps >= fewest else {}
     if method in VARIANTS:
-        settings = own.get(method, own[OURS])
+        settings = dict(own.get(method, own[OURS]))
+        if method in OF_DISTRIBUTIONS:  # which are a rollout's: it keeps the default's size
+            settings.pop("num_envs", None)
+        if method in (TIMES, *OF_DISTRIBUTIONS):  # free times, and rollouts of many minibatches
+            settings.pop("reuse_forward", None)
         return _of_order(settings, 1) if method == TIMES else settings
     if not method.endswith(AFTER):
         return own.get(method, {})

@@ -58,7 +58,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(
         entrants_module.reinforcement,
         "train",
-        lambda *args, **options: train(*args, **{**options, "num_envs": 16, "batch_size": 8}),
+        lambda *args, **options: train(*args, **{**options, "num_envs": 8, "batch_size": 8}),
     )
     few = settings_module.CHOICES[None][1]
     small = {name: {**few.get(name, {}), "batch_size": 8} for name in entrants_module.METHODS}
@@ -258,7 +258,8 @@ def test_trials_are_as_many_for_every_method():
     assert set(first.settings) == {*entrants_module.METHODS, OURS} - {entrants_module.SURROGATE}
     for trials in again:  # of the closest
         assert all(len(own) >= len(trials.settings[OURS]) for own in trials.settings.values())
-    assert len(plan_trials([OURS, "ddim"])) == 8 + 6 + 4 + 2 + 4 + 4 + 4 + 6 + 2 + 3 + 4 + 2 + 3 * 2
+    own = 8 + 6 + 4 + 2 + 4 + 4 + 4, 1 + 9 + 8 + 4 + 11 + 2 + 3 * 2  # and remedies, by steps
+    assert len(plan_trials([OURS, "ddim"])) == sum(own)
     assert len(plan_trials([OURS, "backprop"], "images")) == 2 + 2 + 2 + 4 + 8 + 7 + 2 + 10
     # Without trials of its own: those of digits, and its remedies.
     assert len(plan_trials([OURS], "digits-unconditional")) == 8 + 6 + 4 + 2 + 4 + 4 + 4 + 1 + 2
@@ -295,6 +296,15 @@ def test_settings_are_those_of_the_task_and_of_the_number_of_steps():
     assert two.settings == digits[2][OURS]
     assert three.settings == digits[3][OURS]
     assert eight.settings == digits[6][OURS]
+    assert two.settings["reuse_forward"]
+    # A distance of distributions is of a whole rollout, and times that are learned share no states.
+    for name in settings_module.OF_DISTRIBUTIONS:
+        assert {*two.settings} - {*settings_module.chosen(name, "digits", 2)} == {
+            "num_envs",
+            "reuse_forward",
+        }
+    times = settings_module.chosen(entrants_module.TIMES, "digits", 2)
+    assert {*two.settings} - {*times} == {"reuse_forward"}
     four, eight = plan([OURS], [4, 8], [0], BUDGET, "images")
     assert four.settings["local_radius"] == [2, 2, 0, 0]
     assert "local_radius" not in eight.settings
