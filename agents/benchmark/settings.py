@@ -288,6 +288,7 @@ REMEDIES = (
                 *_rates(2e-4, step_weights=[8, 1], **_NARROW),
                 *_rates(1e-4, local_radius=[8, 0], step_weights=[289, 1], **_SMALL),
                 *_rates(2e-4, 1e-4, **_ONCE),
+                *_rates(2e-4, **_REUSED),
             ),
             _BY_TRAJECTORY: _rates(
                 1e-4, first={**_WALK, "learning_rate": 2e-4, "batch_size": 16}, **_SMALL
@@ -504,7 +505,7 @@ CHOICES: dict[str | None, dict[int, dict[str, Settings]]] = {
         1: {
             "trajectory_regression": {**_WALK, "learning_rate": 2e-4, "batch_size": 16},
             "backprop": {"learning_rate": 1e-4, "batch_size": 16},
-            OURS: {**_ONCE, "learning_rate": 2e-4},
+            OURS: {**_REUSED, "learning_rate": 2e-4},
         },
         4: {
             "backprop": {**_SECOND, "learning_rate": 5e-5, "batch_size": 16},

@@ -260,7 +260,7 @@ def test_trials_are_as_many_for_every_method():
         assert all(len(own) >= len(trials.settings[OURS]) for own in trials.settings.values())
     own = 8 + 6 + 4 + 2 + 4 + 4 + 4, 1 + 9 + 8 + 4 + 11 + 2 + 3 * 2  # and remedies, by steps
     assert len(plan_trials([OURS, "ddim"])) == sum(own)
-    assert len(plan_trials([OURS, "backprop"], "images")) == 2 + 2 + 2 + 4 + 8 + 7 + 2 + 10
+    assert len(plan_trials([OURS, "backprop"], "images")) == 2 + 2 + 2 + 4 + 9 + 7 + 2 + 10
     # Without trials of its own: those of digits, and its remedies.
     assert len(plan_trials([OURS], "digits-unconditional")) == 8 + 6 + 4 + 2 + 4 + 4 + 4 + 1 + 2
 
