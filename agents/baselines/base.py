@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from redif_env import schedules
 from redif_env.denoiser import SOLVER_ORDERS, Denoiser, check_order
-from redif_env.errors import InvalidArgumentError, check_integer, check_number
+from redif_env.errors import InvalidArgumentError, check_flag, check_integer, check_number
 from redif_env.noise import NoiseSchedule, expand
 from redif_env.rewards import Reward
 from redif_env.teacher import Teacher, TeacherBank
@@ -171,10 +171,12 @@ class Method(ABC):
     """One technique of training; an instance belongs to one run.
 
     Keyword arguments of `__init__` after `run` are the technique's own options. `solver_orders` are
-    the orders of the student's steps that it can train for.
+    the orders of the student's steps that it can train for. `is_error` says whether the loss is a
+    mean squared error.
     """
 
     name: ClassVar[str]
+    is_error: ClassVar[bool] = True
     solver_orders: ClassVar[tuple[int, ...]] = SOLVER_ORDERS
 
     def __init__(self, run: Run) -> None:
@@ -206,6 +208,7 @@ class Method(ABC):
         ema_decay: float = 0.95,
         guidance_scale: float | None = None,
         solver_order: int = 1,
+        relative: bool = False,
         start: Denoiser | None = None,
         seed: int = 0,
         on_iteration: Callable[[int, Denoiser], None] = lambda iteration, student: None,
@@ -226,6 +229,9 @@ class Method(ABC):
             ema_decay: Of the student's moving average, an iteration; reached after a warm-up.
             guidance_scale: Of the student; default: that of what it starts from.
             solver_order: Of the student's steps, see `Denoiser`; a method has `solver_orders`.
+            relative: Whether each minibatch's loss, a mean squared error, is divided by its root,
+                so that one of hard tasks counts as much as one of easy ones. PPO's advantages are
+                normalised in this way.
             start: What training starts from, such as another technique's student or a smaller
                 network; not changed. Default: the teacher.
             seed: Of the order of tasks and of all noise.
@@ -244,6 +250,8 @@ class Method(ABC):
         ema_decay = check_number("ema_decay", ema_decay, 0, 1)
         cls.check_options(options)
         cls.check_order(solver_order)
+        if check_flag("relative", relative) and not cls.is_error:
+            raise InvalidArgumentError("relative", True, f"pass False: {cls.name} has no error.")
         run = _start(teacher, bank, grid, learning_rate, guidance_scale, solver_order, start, seed)
         method = cls(run, **options)
         trained: list[Tensor] = list(run.student.network.parameters())
@@ -256,7 +264,8 @@ class Method(ABC):
             started = time.monotonic()
             loss = method.loss(run.randint(len(bank), batch_size))
             rate = run.learning_rate * method.decay(run.progress)
-            _descend(optimizer, loss, rate, max_grad_norm)
+            scale = loss.detach().abs().sqrt().clamp_min(1e-12) if relative else 1
+            _descend(optimizer, loss / scale, rate, max_grad_norm)
             iteration += 1
             update_average(averaged, trained, ema_decay, iteration)
             ledger = run.ledger

@@ -40,6 +40,7 @@ class DistributionMatching(Method):
     """
 
     name = "distribution_matching"
+    is_error = False
 
     def __init__(
         self,

@@ -39,6 +39,7 @@ class Surrogate(Method):
     """
 
     name = "surrogate"
+    is_error = False
 
     def __init__(
         self,

@@ -83,7 +83,7 @@ def _defaults(method: type[Method]) -> dict[str, Any]:
     """How a method trains where settings say nothing."""
     signatures = inspect.signature(method.train), inspect.signature(method)
     values = {name: p.default for each in signatures for name, p in each.parameters.items()}
-    del values["seed"], values[SOLVER_ORDER]  # a run's own, and a setting where it is not 1
+    del values["seed"], values[SOLVER_ORDER], values["relative"]  # a run's own, and settings
     plain = {name: value for name, value in values.items() if isinstance(value, (int, float, str))}
     return {**plain, "ema_decay": EMA_DECAY}
 

@@ -51,6 +51,7 @@ _WALK: Settings = {"teacher_steps": 12}
 # Of ours: four times as many updates as the default's.
 _SMALL: Settings = {"num_envs": 128, "batch_size": 64}
 _SECOND: Settings = {SOLVER_ORDER: 2}
+_RELATIVE: Settings = {"relative": True}
 _PREDICTION: Settings = {"exploration_unit": "prediction"}
 _NARROW: Settings = {**_SMALL, **_PREDICTION}
 # Steps as long, along the gradient, as they are for back-propagation: benchmarks/credit.py.
@@ -265,6 +266,9 @@ TRIALS = (
 BEYOND = (
     Trials(2, 300_000, {SURROGATE: _sizes((1e-4, 8))}, BLIND),
     Trials(2, 300_000, {"backprop": _sizes((1e-4, 8), (1e-4, 4))}, DIGITS),
+    # What PPO has in its advantages.
+    Trials(1, 300_000, {"output_regression": _sizes((2e-4, 16), **_RELATIVE)}, DIGITS),
+    Trials(2, 300_000, {"backprop": _sizes((1e-4, 8), **_RELATIVE)}, DIGITS),
     Trials(4, 300_000, {"backprop": _sizes((1e-5, 16), **_SECOND)}, DIGITS),
     Trials(
         2,
@@ -431,7 +435,7 @@ REMEDIES = (
 CHOICES: dict[str | None, dict[int, dict[str, Settings]]] = {
     None: {
         1: {
-            "output_regression": {"learning_rate": 2e-4, "batch_size": 16},
+            "output_regression": {**_RELATIVE, "learning_rate": 2e-4, "batch_size": 16},
             "trajectory_regression": {**_WALK, "learning_rate": 2e-4, "batch_size": 32},
             "progressive": {**_UNIFORM, "learning_rate": 2e-4, "batch_size": 32},
             "consistency": {**_UNIFORM, "learning_rate": 5e-4, "batch_size": 32},
@@ -456,7 +460,7 @@ CHOICES: dict[str | None, dict[int, dict[str, Settings]]] = {
         },
         2: {
             "output_regression": {"learning_rate": 2e-4, "batch_size": 32},
-            "backprop": {"learning_rate": 1e-4, "batch_size": 8},
+            "backprop": {**_RELATIVE, "learning_rate": 1e-4, "batch_size": 8},
             OURS: {**_REUSED, "learning_rate": 1e-4},
         },
         3: {

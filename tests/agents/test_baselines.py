@@ -272,6 +272,32 @@ def test_a_budget_ends_the_run(world):
     assert result.ledger.updates["student"] == 11
 
 
+@pytest.mark.parametrize("name", PAIRED)
+def test_a_relative_loss_is_as_large_as_its_gradient(world, name, monkeypatch):
+    """That of l / stop(sqrt(l)) is that of l, over sqrt(l): alike for hard tasks and easy ones."""
+    found = {}
+
+    def gradient(optimizer, loss, *args) -> None:
+        (group,) = optimizer.param_groups
+        gradients = torch.autograd.grad(loss, group["params"])
+        found[relative] = float(loss.detach()), torch.cat([g.flatten() for g in gradients])
+
+    monkeypatch.setattr(base, "_descend", gradient)
+    for relative in (False, True):
+        train(world, name, iterations=1, relative=relative)
+    (loss, plain), (root, scaled) = found[False], found[True]
+    assert root == pytest.approx(loss**0.5, rel=1e-5)
+    torch.testing.assert_close(scaled, plain / loss**0.5, rtol=1e-4, atol=1e-7)
+    assert not torch.allclose(scaled, plain, rtol=0.1)
+
+
+@pytest.mark.parametrize("name", ["distribution_matching", "surrogate"])
+def test_what_is_no_error_has_no_root(world, name):
+    with pytest.raises(InvalidArgumentError, match=name) as caught:
+        train(world, name, relative=True)
+    assert caught.value.argument == "relative"
+
+
 def test_it_reports_every_iteration(world):
     seen = []
     train(world, "backprop", iterations=3, on_iteration=lambda i, student: seen.append(i))
@@ -291,6 +317,7 @@ def test_it_reports_every_iteration(world):
         ({"guidance_scale": 2.0}, "guidance_scale"),
         ({"seed": -1}, "seed"),
         ({"fake_updates": 3}, "fake_updates"),
+        ({"relative": 2}, "relative"),
     ],
 )
 def test_bad_arguments_are_refused(world, options, argument):
