@@ -478,7 +478,9 @@ CHOICES: dict[str | None, dict[int, dict[str, Settings]]] = {
                 "batch_size": 16,
             },
             "backprop": {**_SECOND, "learning_rate": 2e-5, "batch_size": 16},
-            OURS: {**_SECOND, "learning_rate": 2e-5, "n_epochs": 2, "batch_size": 64},
+            # Five seeds were run with this before two epochs of minibatches of 64, which are 4 %
+            # better on validation tasks, and on test tasks the same (docs/benchmark.md).
+            OURS: {**_SECOND, "learning_rate": 2e-5},
         },
         6: {
             "trajectory_regression": {
