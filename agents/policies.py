@@ -309,7 +309,9 @@ class StudentPolicy(ActorCriticPolicy):
             shared: Which rows are in one state; None: none.
             keeping: Which of those states keep the graph of their prediction's gradient.
         """
-        x0_pred, kept = self._predicted(obs, shared, keeping)
+        x0_pred = kept = None
+        if shared is not None and keeping is not None and keeping.num:
+            x0_pred, kept = self._predict_keeping(obs, shared, keeping)
         joint = self._distribution(self.denoiser, obs, shared, x0_pred)
         choice = drawn = None
         kernel = joint
@@ -369,13 +371,11 @@ class StudentPolicy(ActorCriticPolicy):
         head = self.schedule_head
         return self.timesteps[self._step_index(obs)] if head is None else head.time(obs)
 
-    def _predicted(
-        self, obs: Mapping[str, Tensor], shared: Shared | None, keeping: Exploring | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _predict_keeping(
+        self, obs: Mapping[str, Tensor], shared: Shared, keeping: Exploring
+    ) -> tuple[Tensor, Tensor]:
         """`x0_pred` of N observations, and that of the states that are to keep their graph."""
         x_t, t, condition = obs["latents"], self._times(obs), _condition(obs)
-        if shared is None or keeping is None or not keeping.num:
-            return _ask(self.denoiser, x_t, t, condition, shared), None
         own, others = keeping.first[: keeping.num], keeping.first[keeping.num :]
         with torch.enable_grad():
             kept = _ask_some(self.denoiser, x_t, t, condition, shared.asked[own])

@@ -32,6 +32,7 @@ class Backprop(Method):
         super().__init__(run)
         self.reward = make_reward(reward)
         self.check_reward(self.reward)
+        self.is_error = self.reward.name == "mse"
 
     @classmethod
     def check_reward(cls, reward: Reward) -> None:

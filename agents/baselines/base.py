@@ -176,7 +176,7 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
-    is_error: ClassVar[bool] = True
+    is_error: bool = True
     solver_orders: ClassVar[tuple[int, ...]] = SOLVER_ORDERS
 
     def __init__(self, run: Run) -> None:
@@ -250,10 +250,12 @@ class Method(ABC):
         ema_decay = check_number("ema_decay", ema_decay, 0, 1)
         cls.check_options(options)
         cls.check_order(solver_order)
-        if check_flag("relative", relative) and not cls.is_error:
-            raise InvalidArgumentError("relative", True, f"pass False: {cls.name} has no error.")
         run = _start(teacher, bank, grid, learning_rate, guidance_scale, solver_order, start, seed)
         method = cls(run, **options)
+        if check_flag("relative", relative) and not method.is_error:
+            raise InvalidArgumentError(
+                "relative", True, f"pass False: this loss of {cls.name} is no squared error."
+            )
         trained: list[Tensor] = list(run.student.network.parameters())
         averaged: list[Tensor] = list(run.average.network.parameters())
         optimizer = torch.optim.Adam(trained, run.learning_rate, eps=1e-5)
@@ -264,7 +266,7 @@ class Method(ABC):
             started = time.monotonic()
             loss = method.loss(run.randint(len(bank), batch_size))
             rate = run.learning_rate * method.decay(run.progress)
-            scale = loss.detach().abs().sqrt().clamp_min(1e-12) if relative else 1
+            scale = loss.detach().sqrt().clamp_min(1e-12) if relative else 1
             _descend(optimizer, loss / scale, rate, max_grad_norm)
             iteration += 1
             update_average(averaged, trained, ema_decay, iteration)

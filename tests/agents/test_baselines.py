@@ -291,10 +291,13 @@ def test_a_relative_loss_is_as_large_as_its_gradient(world, name, monkeypatch):
     assert not torch.allclose(scaled, plain, rtol=0.1)
 
 
-@pytest.mark.parametrize("name", ["distribution_matching", "surrogate"])
-def test_what_is_no_error_has_no_root(world, name):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("distribution_matching", {}), ("surrogate", {}), ("backprop", {"reward": 0.5 * MSE()})],
+)
+def test_what_is_no_error_has_no_root(world, name, options):
     with pytest.raises(InvalidArgumentError, match=name) as caught:
-        train(world, name, relative=True)
+        train(world, name, relative=True, **options)
     assert caught.value.argument == "relative"
 
 
