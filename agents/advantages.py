@@ -12,6 +12,8 @@ from torch import Tensor
 
 from redif_env import parallel
 
+LEAST_STD = 0.01  # of a group, as a share of that of all
+
 
 def gae(
     rewards: Tensor,
@@ -60,21 +62,31 @@ def batch_relative(returns: Tensor) -> Tensor:
     return standardised(returns - parallel.mean(returns.mean()))
 
 
-def group_relative(returns: Tensor, group_size: int) -> Tensor:
-    """Returns minus the mean of their group, over one global standard deviation.
+def group_relative(returns: Tensor, group_size: int, own_std: bool = False) -> Tensor:
+    """Returns minus the mean of their group, over a standard deviation.
 
-    The group mean is the baseline of GRPO (Shao et al. 2024, eq. 3) and RLOO; the scale is shared,
-    so that an easy task, whose members differ little, does not shout as loud as a hard one.
+    The group mean is the baseline of GRPO (Shao et al. 2024, eq. 3) and RLOO. With one standard
+    deviation for all, hard tasks, whose members differ much, count for more; GRPO divides by the
+    group's own. Of two members with a number each that leaves the sign alone.
 
     Args:
         returns: Returns, or maps of them, float32 `(E, N, ...)`; groups are neighbours in N.
         group_size: K, which divides N.
+        own_std: Whether each group is divided by its own, over its members and their elements,
+            in place of that of all, but by no less than a hundredth of the latter: what differs by
+            rounding alone is not blown up.
 
     Returns:
         Advantages like `returns`.
     """
     groups = returns.unflatten(1, (-1, group_size))
-    return standardised(groups - groups.mean(2, keepdim=True)).flatten(1, 2)
+    centred = groups - groups.mean(2, keepdim=True)
+    if not own_std:
+        return standardised(centred).flatten(1, 2)
+    within = tuple(range(2, centred.ndim))
+    std = centred.square().mean(within, keepdim=True).sqrt()
+    least = LEAST_STD * parallel.std(centred) + 1e-8
+    return (centred / std.clamp_min(least)).flatten(1, 2)
 
 
 class TaskMeans:

@@ -62,6 +62,7 @@ class TorchRolloutBuffer(RolloutBuffer):
         local_weight: Share of local credit; the rest is global.
         local_radius: Elements around its place whose reward an element is credited with; or one
             such number a step, of which the one that explored counts, where one does.
+        advantage_std: Whose standard deviation groups are divided by: `"rollout"` or `"group"`.
         advantage_clip: Largest size of a normalised advantage, or None.
         group_size: Neighbouring rows that share tasks.
         episode_length: Steps of every episode; T must be a multiple of it.
@@ -89,6 +90,7 @@ class TorchRolloutBuffer(RolloutBuffer):
         credit: str = "global",
         local_weight: float = 1.0,
         local_radius: int | Sequence[int] = 0,
+        advantage_std: str = "rollout",
         advantage_clip: float | None = None,
         group_size: int = 1,
         episode_length: int = 1,
@@ -104,6 +106,7 @@ class TorchRolloutBuffer(RolloutBuffer):
         self.credit = credit
         self.local_weight = local_weight
         self.local_radius = local_radius
+        self.advantage_std = advantage_std
         self.advantage_clip = advantage_clip
         self.advantage_scale = torch.zeros(())
         self.group_size = group_size
@@ -297,7 +300,7 @@ class TorchRolloutBuffer(RolloutBuffer):
             return self.task_means[outcome.ndim == 3].relative(outcome, tasks)
         if self.advantage == "batch":
             return batch_relative(outcome)
-        return group_relative(outcome, self.group_size)
+        return group_relative(outcome, self.group_size, self.advantage_std == "group")
 
     def get(self, batch_size: int | None = None) -> Generator[RolloutBatch, None, None]:  # type: ignore[override]
         """Minibatches that together hold every stochastic transition once, in random order.

@@ -24,6 +24,7 @@ STOCK = (
     ("ratio", "sum"),
     ("advantage", "gae"),
     ("credit", "global"),
+    ("advantage_std", "rollout"),
     ("divergence", None),
     ("gap_fraction", None),
     ("step_weights", None),
@@ -45,6 +46,8 @@ def check_options(agent: Any) -> None:
             )
         if agent.antithetic:
             raise InvalidArgumentError("antithetic", True, "pass False with advantage='gae'.")
+    if agent.advantage_std == "group" and agent.advantage != "group":
+        raise InvalidArgumentError("advantage_std", "group", "it needs advantage='group'.")
     if agent.divergence is not None:
         check_divergence(agent.divergence, agent.divergence_alpha)
     elif agent.divergence_target is not None:

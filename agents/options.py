@@ -19,6 +19,7 @@ from .schedule_learning import PARTS
 
 ADVANTAGES = ("group", "batch", "task", "gae")
 CREDITS = ("local", "global")
+ADVANTAGE_STDS = ("rollout", "group")
 STOCHASTIC_STEPS = ("all", "one")
 SHARES = ("gamma", "gae_lambda")
 OPTIONAL = ("target_kl", "divergence_target", "clip_range_vf")
@@ -102,6 +103,7 @@ CHECKS: dict[str, Check] = {
     "credit": _one_of(*CREDITS),
     "local_weight": _number(0, 1),
     "local_radius": _radii,
+    "advantage_std": _one_of(*ADVANTAGE_STDS),
     "advantage_clip": _optional(_number(1e-6)),
     "stochastic_steps": _or_one_of(STOCHASTIC_STEPS, _integer(1)),
     "step_weights": _optional(_numbers),

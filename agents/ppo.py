@@ -91,7 +91,7 @@ class ReDiFPPO(PPO):
         n_epochs: Passes over a rollout.
         gamma: Discount factor of `advantage="gae"`; groups do not discount.
         gae_lambda, clip_range, clip_range_vf, normalize_advantage, ent_coef, vf_coef: as in
-            Stable-Baselines3. Group advantages are normalised once, over the rollout.
+            Stable-Baselines3. Group advantages always are normalised, see `advantage_std`.
         max_grad_norm: Largest gradient norm; with a critic, of actor and critic each.
         ratio: `"element"`, `"mean"` or `"sum"`; see `losses.reduce_log_ratio`.
         advantage: `"group"`: relative to the other rollouts of the same task (the environment's
@@ -105,6 +105,10 @@ class ReDiFPPO(PPO):
         local_weight: Share of local credit in the mixture with global credit, in [0, 1].
         local_radius: Elements around its own place whose reward an element is credited with; or one
             such number for each step, where one step explores.
+        advantage_std: What the advantages of groups are divided by: `"rollout"`: one standard
+            deviation of all; `"group"`: that of each group, over its elements too, so that an easy
+            task counts as much as a hard one (GRPO). With small rollouts and local credit the
+            latter is better (docs/decisions.md).
         advantage_clip: Largest size of a normalised advantage; None does not clip.
         stochastic_steps: `"all"`, `"one"`, or a number of neighbouring steps (cyclically, so that
             each step explores equally often): only these explore, at random and the same ones in
@@ -189,6 +193,7 @@ class ReDiFPPO(PPO):
         credit: str | None = None,
         local_weight: float = 1.0,
         local_radius: int | Sequence[int] = 0,
+        advantage_std: str = "rollout",
         advantage_clip: float | None = None,
         stochastic_steps: str | int | None = None,
         step_weights: Sequence[float] | None = None,
@@ -228,6 +233,7 @@ class ReDiFPPO(PPO):
         self.credit: str = check("credit", default if credit is None else credit)
         self.local_weight: float = check("local_weight", local_weight)
         self.local_radius: int | list[int] = check("local_radius", local_radius)
+        self.advantage_std: str = check("advantage_std", advantage_std)
         self.advantage_clip: float | None = check("advantage_clip", advantage_clip)
         self.divergence: str | None = check("divergence", divergence)
         self.divergence_coef: float = check("divergence_coef", divergence_coef)

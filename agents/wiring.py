@@ -22,6 +22,7 @@ def buffer_options(agent: Any) -> dict[str, Any]:
         "credit": agent.credit,
         "local_weight": agent.local_weight,
         "local_radius": agent.local_radius,
+        "advantage_std": agent.advantage_std,
         "advantage_clip": agent.advantage_clip,
         "stochastic_steps": agent.window,
         "normalize_advantage": agent.normalize_advantage,

@@ -50,4 +50,4 @@ class Backprop(Method):
             x_0 = schedules.sample(run.student, tasks.x_T, tasks.condition, run.grid)
         values, _ = rewards.evaluate(self.reward, x_0, tasks.teacher_x_0, tasks.condition)
         run.ledger.evaluations["reward"] += FORWARD_AND_BACKWARD * self.reward.nfe * len(rows)
-        return -values.mean()
+        return -values

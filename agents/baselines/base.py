@@ -24,6 +24,7 @@ from redif_env.rewards import Reward
 from redif_env.teacher import Teacher, TeacherBank
 from redif_env.transition import Past
 
+from ..advantages import LEAST_STD
 from ..averaging import update_average
 from ..smaller import count_flops
 
@@ -171,8 +172,8 @@ class Method(ABC):
     """One technique of training; an instance belongs to one run.
 
     Keyword arguments of `__init__` after `run` are the technique's own options. `solver_orders` are
-    the orders of the student's steps that it can train for. `is_error` says whether the loss is a
-    mean squared error.
+    the orders of the student's steps that it can train for. `is_error` says whether losses are
+    mean squared errors.
     """
 
     name: ClassVar[str]
@@ -184,7 +185,9 @@ class Method(ABC):
 
     @abstractmethod
     def loss(self, rows: Tensor) -> Tensor:
-        """The loss whose gradient trains the student, on these rows of the bank.
+        """The losses whose mean trains the student, on these rows of the bank.
+
+        Of errors one for each row and step of the student that has one, `(..., B)`; else one.
 
         All network evaluations must be put on the ledger.
         """
@@ -229,9 +232,9 @@ class Method(ABC):
             ema_decay: Of the student's moving average, an iteration; reached after a warm-up.
             guidance_scale: Of the student; default: that of what it starts from.
             solver_order: Of the student's steps, see `Denoiser`; a method has `solver_orders`.
-            relative: Whether each minibatch's loss, a mean squared error, is divided by its root,
-                so that one of hard tasks counts as much as one of easy ones. PPO's advantages are
-                normalised in this way.
+            relative: Whether each error is divided by its root, so that a hard task counts as much
+                as an easy one, as with `ReDiFPPO(advantage_std="group")`. Roots are taken for no
+                less than a hundredth of that of the minibatch's mean.
             start: What training starts from, such as another technique's student or a smaller
                 network; not changed. Default: the teacher.
             seed: Of the order of tasks and of all noise.
@@ -264,10 +267,10 @@ class Method(ABC):
         on_iteration(0, run.average)
         while run.progress < 1:
             started = time.monotonic()
-            loss = method.loss(run.randint(len(bank), batch_size))
+            losses = method.loss(run.randint(len(bank), batch_size))
             rate = run.learning_rate * method.decay(run.progress)
-            scale = loss.detach().sqrt().clamp_min(1e-12) if relative else 1
-            _descend(optimizer, loss / scale, rate, max_grad_norm)
+            loss = (losses / _roots(losses.detach()) if relative else losses).mean()
+            _descend(optimizer, loss, rate, max_grad_norm)
             iteration += 1
             update_average(averaged, trained, ema_decay, iteration)
             ledger = run.ledger
@@ -276,7 +279,7 @@ class Method(ABC):
             history.append(
                 {
                     "iteration": iteration,
-                    "loss": float(loss.detach()),
+                    "loss": float(losses.detach().mean()),
                     "network_evaluations": ledger.total,
                 }
             )
@@ -309,6 +312,11 @@ class Method(ABC):
             if name not in known:
                 has = f"has only {', '.join(known)}" if known else "has none of its own"
                 raise InvalidArgumentError(name, value, f"leave it out: {cls.name} {has}.")
+
+
+def row_means(values: Tensor) -> Tensor:
+    """Mean over each row's elements: `(N, ...)` to `(N,)`."""
+    return values.flatten(1).mean(1)
 
 
 def snr_weight(schedule: NoiseSchedule, x: Tensor, t: Tensor) -> Tensor:
@@ -369,6 +377,12 @@ def _start(
         learning_rate=check_number("learning_rate", learning_rate),
         generator=torch.Generator().manual_seed(check_integer("seed", seed, 0)),
     )
+
+
+def _roots(errors: Tensor) -> Tensor:
+    """Their roots, of none so small that rounding is all there is in it."""
+    least = LEAST_STD**2 * errors.mean() + 1e-24
+    return errors.clamp_min(least).sqrt()
 
 
 def _descend(

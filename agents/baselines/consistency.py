@@ -14,7 +14,7 @@ from torch import Tensor
 from redif_env import transition
 from redif_env.noise import expand
 
-from .base import FORWARD_AND_BACKWARD, Method, Run, refinements, snr_weight
+from .base import FORWARD_AND_BACKWARD, Method, Run, refinements, row_means, snr_weight
 
 
 class Consistency(Method):
@@ -44,7 +44,7 @@ class Consistency(Method):
         target = transition.x0_of_step(run.schedule, x_t, x_end, t, end)
         with run.ledger.count("update", run.student, FORWARD_AND_BACKWARD):
             x0_pred = run.student(x_t, t, tasks.condition)
-        return (snr_weight(run.schedule, x_t, t) * (x0_pred - target).square()).mean()
+        return row_means(snr_weight(run.schedule, x_t, t) * (x0_pred - target).square())
 
     def _follow(
         self, x_t: Tensor, t: Tensor, s: Tensor, end: Tensor, condition: Tensor | None

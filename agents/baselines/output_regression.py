@@ -14,7 +14,7 @@ from torch import Tensor
 
 from redif_env import transition
 
-from .base import FORWARD_AND_BACKWARD, Method
+from .base import FORWARD_AND_BACKWARD, Method, row_means
 
 
 class OutputRegression(Method):
@@ -29,7 +29,7 @@ class OutputRegression(Method):
         with run.ledger.count("update", run.student, FORWARD_AND_BACKWARD):
             for t, s in itertools.pairwise(times):
                 x0_pred = run.student(x_t, t, tasks.condition)
-                losses.append((x0_pred - tasks.teacher_x_0).square().mean())
+                losses.append(row_means((x0_pred - tasks.teacher_x_0).square()))
                 x_t = transition.step(run.schedule, x_t, x0_pred.detach(), t, s, past=past).mean
                 past = run.past(x0_pred, t)
-        return torch.stack(losses).mean()
+        return torch.stack(losses)

@@ -15,7 +15,7 @@ from redif_env import transition
 from redif_env.denoiser import Denoiser
 from redif_env.errors import InvalidArgumentError
 
-from .base import FORWARD_AND_BACKWARD, Method, Run, refinements, snr_weight
+from .base import FORWARD_AND_BACKWARD, Method, Run, refinements, row_means, snr_weight
 
 
 class Progressive(Method):
@@ -59,7 +59,7 @@ class Progressive(Method):
         target = transition.x0_of_step(run.schedule, x_t, x_s, t, s)
         with run.ledger.count("update", run.student, FORWARD_AND_BACKWARD):
             x0_pred = run.student(x_t, t, tasks.condition)
-        return (snr_weight(run.schedule, x_t, t) * (x0_pred - target).square()).mean()
+        return row_means(snr_weight(run.schedule, x_t, t) * (x0_pred - target).square())
 
     def _teach(self, x_t: Tensor, t: Tensor, s: Tensor, condition: Tensor | None) -> Tensor:
         return transition.step(self.run.schedule, x_t, self.teacher(x_t, t, condition), t, s).mean

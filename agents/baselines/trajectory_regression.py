@@ -15,7 +15,7 @@ from torch import Tensor
 
 from redif_env import schedules, transition
 
-from .base import FORWARD_AND_BACKWARD, Method, Run
+from .base import FORWARD_AND_BACKWARD, Method, Run, row_means
 
 
 class TrajectoryRegression(Method):
@@ -56,9 +56,9 @@ class TrajectoryRegression(Method):
                 x0_pred = run.student(x_t, t, tasks.condition)
                 x_s = transition.step(run.schedule, x_t, x0_pred, t, s, past=past).mean
                 past = run.past(x0_pred, t)
-                losses.append((x_s - self.states[index, rows]).square().mean())
+                losses.append(row_means((x_s - self.states[index, rows]).square()))
                 x_t = x_s.detach()
-        return torch.stack(losses).mean()
+        return torch.stack(losses)
 
     @torch.no_grad()
     def _ask_teacher(self, rows: Tensor) -> None:

@@ -56,6 +56,7 @@ _PREDICTION: Settings = {"exploration_unit": "prediction"}
 _NARROW: Settings = {**_SMALL, **_PREDICTION}
 # Steps as long, along the gradient, as they are for back-propagation: benchmarks/credit.py.
 _BALANCED: Settings = {"local_radius": [0, 4, 0, 0], "step_weights": [15, 90, 2, 1]}
+_OWN_STD: Settings = {"advantage_std": "group"}
 _ONCE: Settings = {"n_epochs": 1, "num_envs": 32, "batch_size": 32}
 _REUSED: Settings = {**_ONCE, "reuse_forward": True}
 _RATES = _rates(1e-4, 2e-4, 5e-4, 1e-3)

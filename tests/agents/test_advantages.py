@@ -138,7 +138,38 @@ def test_the_scale_is_one_for_all_groups():
 
 
 def test_equal_members_get_no_advantage():
-    assert torch.equal(group_relative(torch.full((2, 6), 3.0), 3), torch.zeros(2, 6))
+    for own_std in (False, True):
+        same = group_relative(torch.full((2, 6), 3.0), 3, own_std)
+        assert torch.equal(same, torch.zeros(2, 6))
+
+
+def test_each_group_has_a_scale_of_its_own():
+    """GRPO, with numpy: a task whose members differ ten times as much gets the same advantages."""
+    easy = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    hard = 7 + 10 * easy
+    advantages = group_relative(torch.cat([easy, hard], 1), 4, own_std=True)
+    numbers = easy.numpy()
+    expected = (numbers - numbers.mean(1, keepdims=True)) / numbers.std(1, keepdims=True)
+    torch.testing.assert_close(advantages[:, :4], torch.from_numpy(expected))
+    torch.testing.assert_close(advantages[:, 4:], advantages[:, :4], atol=1e-5, rtol=1e-4)
+    # negative control: with one scale for all the hard ones count for more
+    shared = group_relative(torch.cat([easy, hard], 1), 4)
+    assert shared[:, 4:].square().mean() > 50 * shared[:, :4].square().mean()
+    # one whose members differ by rounding stays far behind
+    equal = torch.cat([easy, 1 + 1e-6 * easy], 1)
+    assert group_relative(equal, 4, own_std=True)[:, 4:].abs().max() < 1e-3
+
+
+def test_a_group_of_maps_is_scaled_as_a_whole():
+    """Elements keep their proportions: only tasks are made alike, each of mean square 1."""
+    maps = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(3))
+    maps[:, :3] *= 100
+    advantages = group_relative(maps, 3, own_std=True).unflatten(1, (2, 3))
+    torch.testing.assert_close(advantages.square().mean((2, 3)), torch.ones(2, 2))
+    centred = maps.unflatten(1, (2, 3))
+    centred = centred - centred.mean(2, keepdim=True)
+    ratios = advantages / centred
+    torch.testing.assert_close(ratios, ratios[:, :, :1, :1].expand_as(ratios), rtol=1e-3, atol=1e-6)
 
 
 def test_maps_are_centred_element_by_element():

@@ -61,6 +61,22 @@ def test_credit_is_mixed_by_weight(teacher, bank, weight):
     torch.testing.assert_close(mixed, weight * local + (1 - weight) * whole.unsqueeze(2))
 
 
+@pytest.mark.parametrize("credit", ["local", "global"])
+def test_a_group_may_be_divided_by_its_own_std(teacher, bank, credit):
+    """What a rollout gives is that of one scale for all, with each group of mean square 1."""
+
+    def advantages(**options):
+        model = train(make_model(teacher, bank, credit=credit, **options))
+        return model.rollout_buffer["advantages"].unflatten(1, (-1, 2)).flatten(2)
+
+    own, shared = advantages(advantage_std="group"), advantages()
+    squares = own.square().mean(2)
+    torch.testing.assert_close(squares, torch.ones_like(squares), rtol=1e-3, atol=0)
+    spread = shared.square().mean(2, keepdim=True).sqrt()
+    torch.testing.assert_close(own, shared / spread, rtol=1e-3, atol=1e-5)
+    assert spread.max() > 1.1 * spread.min()  # negative control: groups do differ
+
+
 class TaskMeansByHand:
     """Of one number a task, with a horizon of four visits."""
 
@@ -257,6 +273,8 @@ def test_recipes_are_copies():
         ({"local_radius": [0, -1, 0]}, "local_radius"),
         ({"local_radius": [1, 0, 0, 0]}, "local_radius"),  # of fewer steps
         ({"local_radius": [1, 0], "stochastic_steps": "all"}, "local_radius"),
+        ({"advantage_std": "task"}, "advantage_std"),
+        ({"advantage": "batch", "advantage_std": "group"}, "advantage_std"),
         ({"advantage_clip": 0}, "advantage_clip"),
         ({"adaptive_lr": True}, "adaptive_lr"),
         ({"divergence_target": 0.1}, "divergence_target"),

@@ -70,6 +70,7 @@ def test_save_and_load_give_the_same_agent(make_env, make_model, tmp_path):
         {"local_weight": 0.5},
         {"local_radius": 1},
         {"advantage_clip": 0.5},
+        {"advantage_std": "group"},
         {"stochastic_steps": "all"},
         {"advantage": "batch", "n_steps": 6},
         {"target_kl": 1e-4, "adaptive_lr": True},
