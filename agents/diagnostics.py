@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from stable_baselines3.common.logger import Logger
 from torch import Tensor
 
+from . import sharding
+from .buffers import TorchRolloutBuffer
 from .losses import clip_fraction
+from .policies import StudentPolicy
 
 PER_STEP = ("kl", "clip_fraction", "exploration_std")
 
@@ -51,6 +55,44 @@ def means(history: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
         for name in names
         if name not in ("ratio_error", "per_step")
     }
+
+
+def record(agent: Any, history: Sequence[Mapping[str, Tensor]], clip_range: float) -> None:
+    """Log what an iteration of `ReDiFPPO` did, over its minibatches: one transfer to the host.
+
+    Args:
+        agent: The agent, which is only read.
+        history: What `objective.Objective.loss` gave of each minibatch.
+        clip_range: Of the iteration.
+    """
+    log, buffer = agent.logger.record, agent.rollout_buffer
+    record_means(agent.logger, history)
+    log("train/ratio_error", float(history[0]["ratio_error"]))
+    if "value_loss" in history[0]:
+        log("train/explained_variance", explained_variance(buffer.values, buffer.returns))
+    if agent.divergence is not None:
+        log("train/divergence_coef", agent.divergence_coef)
+    if isinstance(buffer, TorchRolloutBuffer):
+        log("train/advantage_scale", float(buffer.advantage_scale))
+    if "per_step" in history[0]:
+        for name, value in step_means(history).items():
+            log(f"train/{name}", value)
+    moved = drift(agent._actor_parameters(), agent._start)
+    log("train/parameter_drift", float(sharding.put_together(moved)))
+    log("train/updates_skipped", agent.updates_skipped)
+    log("train/clip_range", clip_range)
+    agent.logger.record("train/n_updates", agent._n_updates, exclude="tensorboard")
+    if isinstance(agent.policy, StudentPolicy):
+        log("train/eta", agent.policy.eta)
+        log("train/min_std", agent.policy.min_std)
+    if agent.gap_fraction is not None:
+        log("train/gap", agent.gap)
+
+
+def record_means(logger: Logger, history: Iterable[Mapping[str, Tensor]]) -> None:
+    """Log the means over minibatches."""
+    for name, value in means(history).items():
+        logger.record(f"train/{name}", value)
 
 
 def explained_variance(values: Any, returns: Any) -> float:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from gymnasium import spaces
@@ -40,7 +39,7 @@ from .buffers import TorchRolloutBuffer
 from .choices import ScheduleHead
 from .divergences import AdaptiveCoefficient, adapting
 from .exploration import GAP_FRACTION, at
-from .guards import RatioError, TrainingDivergedError, check_ratio, check_skipped
+from .guards import RatioError, TrainingDivergedError, check_ratio, check_skipped, within_memory
 from .lora import merge
 from .minibatch import Evaluation
 from .objective import Objective
@@ -54,7 +53,6 @@ from .vec_env import TorchVecEnv
 
 __all__ = ["GAP_FRACTION", "RatioError", "ReDiFPPO", "TrainingDivergedError"]
 
-Answer = TypeVar("Answer")
 CHECKS = (OrderEnforcing, PassiveEnvChecker)  # what `gymnasium.make` adds: they change nothing
 
 
@@ -592,7 +590,7 @@ class ReDiFPPO(PPO):
                 break
         if history:
             self._adapt(history)
-            self._record(history, clip_range)
+            diagnostics.record(self, history, clip_range)
         if self._choices.num_rows:
             self._train_choices(self._choices)
         if isinstance(self.rollout_buffer, TorchRolloutBuffer):
@@ -631,7 +629,7 @@ class ReDiFPPO(PPO):
                     self._check_ratio(error)
                 norms = self._take_step(loss)
                 history.append({**statistics, **norms})
-        self._record_means(history)
+        diagnostics.record_means(self.logger, history)
         if head.features is None:
             for step, t in enumerate(head.grid().tolist()[:-1]):
                 self.logger.record(f"schedule/time_{step}", t)
@@ -657,9 +655,8 @@ class ReDiFPPO(PPO):
         """One pass over the rollout; False if the KL grew too large."""
         for batch in self.rollout_buffer.get(parallel.share(self.batch_size)):
             states = len(batch.actions) // getattr(batch, "same", 1)
-            statistics = self._within_memory(
-                functools.partial(self._add_gradients, batch, clip_range, clip_range_vf), states
-            )
+            work = functools.partial(self._add_gradients, batch, clip_range, clip_range_vf)
+            statistics = within_memory(self, work, states)
             if not history:
                 self._check_ratio(statistics["ratio_error"])
             history.append(statistics)
@@ -673,35 +670,6 @@ class ReDiFPPO(PPO):
                 if isinstance(self.policy, StudentPolicy):
                     self.policy.update_ema(self.ema_decay, self.updates)
         return True
-
-    def _within_memory(self, work: Callable[[], Answer], num_rows: int) -> Answer:
-        """What `work` returns; where it runs out of memory, done anew with half the rows at once.
-
-        Args:
-            work: Asks the network about `num_rows` rows, `micro_batch_size` at once; may be called
-                again as if it had never been before.
-            num_rows: The rows.
-        """
-        policy = self.policy
-        if not isinstance(policy, StudentPolicy) or policy.sharded:  # others would wait for more
-            return work()
-        while True:
-            counts = policy.network_evaluations
-            try:
-                return work()
-            except torch.OutOfMemoryError:
-                size = min(self.micro_batch_size or num_rows, num_rows)
-                if size == 1:
-                    raise
-            # Not in the except clause: the error's traceback holds on to all activations.
-            policy.network_evaluations = counts
-            self.micro_batch_size = (size + 1) // 2
-            policy.set_batch_size(self.micro_batch_size)
-            warnings.warn(
-                f"out of memory: goes on with micro_batch_size={self.micro_batch_size}, which "
-                "changes speed, not what is learned. Pass it to start with.",
-                stacklevel=2,
-            )
 
     def _add_gradients(
         self, batch: Any, clip_range: float, clip_range_vf: float | None
@@ -856,7 +824,7 @@ class ReDiFPPO(PPO):
                 )
 
             asked = self.n_envs if shared is None else len(shared.asked)
-            explored = self._within_memory(explore, asked)
+            explored = within_memory(self, explore, asked)
             if keeping is not None and explored.kept is not None:
                 buffer.keep(keeping.groups, explored.kept)
             if explored.choice is not None and running is not None:
@@ -919,36 +887,6 @@ class ReDiFPPO(PPO):
         if not isinstance(space, spaces.Box):
             return None
         return torch.as_tensor(space.low, device=device), torch.as_tensor(space.high, device=device)
-
-    def _record(self, history: list[dict[str, Tensor]], clip_range: float) -> None:
-        """Log means over the iteration's minibatches: one transfer to the host."""
-        self._record_means(history)
-        self.logger.record("train/ratio_error", float(history[0]["ratio_error"]))
-        if "value_loss" in history[0]:
-            buffer = self.rollout_buffer
-            explained = diagnostics.explained_variance(buffer.values, buffer.returns)
-            self.logger.record("train/explained_variance", explained)
-        if self.divergence is not None:
-            self.logger.record("train/divergence_coef", self.divergence_coef)
-        if isinstance(self.rollout_buffer, TorchRolloutBuffer):
-            self.logger.record("train/advantage_scale", float(self.rollout_buffer.advantage_scale))
-        if "per_step" in history[0]:
-            for name, value in diagnostics.step_means(history).items():
-                self.logger.record(f"train/{name}", value)
-        drift = sharding.put_together(diagnostics.drift(self._actor_parameters(), self._start))
-        self.logger.record("train/parameter_drift", float(drift))
-        self.logger.record("train/updates_skipped", self.updates_skipped)
-        self.logger.record("train/clip_range", clip_range)
-        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        if isinstance(self.policy, StudentPolicy):
-            self.logger.record("train/eta", self.policy.eta)
-            self.logger.record("train/min_std", self.policy.min_std)
-        if self.gap_fraction is not None:
-            self.logger.record("train/gap", self.gap)
-
-    def _record_means(self, history: list[dict[str, Tensor]]) -> None:
-        for name, value in diagnostics.means(history).items():
-            self.logger.record(f"train/{name}", value)
 
     def _setup_learn(
         self,

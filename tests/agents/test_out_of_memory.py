@@ -10,6 +10,7 @@ import torch
 from small_world import ITERATION, NUM_ENVS, PLAIN_EXPLORATION, weights
 
 from agents import ReDiFPPO
+from agents.guards import within_memory
 
 
 class Limited:
@@ -55,7 +56,7 @@ def rolled_out(make_model, **options):
 def add_gradients(model, batch):
     counts = model.policy.network_evaluations
     work = lambda: model._add_gradients(batch, 0.2, None)  # noqa: E731
-    statistics = model._within_memory(work, len(batch.actions))
+    statistics = within_memory(model, work, len(batch.actions))
     asked = [b - a for a, b in zip(counts, model.policy.network_evaluations, strict=True)]
     gradients = [p.grad.clone() for p in model.policy.parameters() if p.grad is not None]
     return torch.cat([g.flatten() for g in gradients]), statistics, asked
