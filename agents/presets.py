@@ -91,7 +91,8 @@ PRESETS: dict[str, Recipe] = {
     "default": _DEFAULT,
     "ddpo": _DDPO,
     # Shao et al. 2024 on denoising: groups share noise and class; joint ratio; KL penalty, here in
-    # closed form instead of by the k3 estimator.
+    # closed form instead of by the k3 estimator, and one standard deviation for all groups, where
+    # theirs have their own (advantage_std="group").
     "grpo": _changed(
         _DDPO,
         {"ratio": "sum", "advantage": "group", "clip_range": 0.2, **_PENALTY},
