@@ -236,6 +236,8 @@ def check_episodes(agent: Any, group_size: int, length: int, reward: Any) -> Non
         raise InvalidArgumentError(
             "step_weights", list(weights), f"pass {length} numbers, one a step of an episode."
         )
+    if weights is not None and not any(weights):
+        raise InvalidArgumentError("step_weights", list(weights), "one step has to count.")
     if agent.ent_coef and not agent.policy_kwargs.get("learn_std"):
         raise InvalidArgumentError(
             "ent_coef",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,18 @@ GAP_TASKS = 64  # on which the gap is measured before the first rollout
 def at(value: float | Schedule, progress_remaining: float) -> float:
     """A number, or a function of the remaining progress at that progress."""
     return float(value(progress_remaining)) if callable(value) else float(value)
+
+
+def explored_steps(step_weights: Sequence[float] | None, window: int) -> list[int] | None:
+    """The steps that are explored, of those that may be; None: all.
+
+    Args:
+        step_weights: Of each step of an episode, or None.
+        window: Neighbouring steps that explore at once.
+    """
+    if step_weights is None or window > 1:
+        return None  # a window of several steps may begin before those that count
+    return [step for step, weight in enumerate(step_weights) if weight]
 
 
 def in_window(step: int, first: Tensor, length: int, window: int) -> Tensor:

@@ -112,7 +112,8 @@ class ReDiFPPO(PPO):
             each step explores equally often): only these explore, at random and the same ones in
             a group, so that all of the return's variance belongs to them; only they are trained
             on. Default: `"one"` with groups, else `"all"`.
-        step_weights: Weight of each step's loss; default: 1 each.
+        step_weights: Weight of each step's loss; default: 1 each. Where one step explores, one of
+            weight 0 does not: all trajectories go into steps that are trained.
         antithetic: Whether neighbours in a group explore with opposite noise, which cancels the
             even orders of the reward's change. Needs groups of even size. Default: with groups.
         eta: Noise factor while exploring, in [0, 1]; number or function of the remaining progress.
@@ -851,7 +852,8 @@ class ReDiFPPO(PPO):
         if step == 0:
             groups = self.n_envs // buffer.group_size
             first = self.rollouts + 1 + buffer.pos // length
-            self._turns = draw_turns(groups, length, first, buffer.device)
+            explored = exploration.explored_steps(self.step_weights, window)
+            self._turns = draw_turns(groups, length, first, buffer.device, explored)
             self._explored_step = self._turns.steps.repeat_interleave(buffer.group_size)
             buffer.add_explored_step(self._explored_step)
         return exploration.in_window(step, self._explored_step, length, window)

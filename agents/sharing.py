@@ -7,6 +7,7 @@ in the rollout and in the update.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -51,7 +52,13 @@ class Turns(NamedTuple):
     counts: tuple[int, ...]
 
 
-def draw_turns(num_groups: int, length: int, first: int, device: torch.device) -> Turns:
+def draw_turns(
+    num_groups: int,
+    length: int,
+    first: int,
+    device: torch.device,
+    explored: Sequence[int] | None = None,
+) -> Turns:
     """Every step in turn, for groups in random order.
 
     Args:
@@ -60,10 +67,16 @@ def draw_turns(num_groups: int, length: int, first: int, device: torch.device) -
         first: Where the turn begins; the next episode's should begin one later, so that each step
             is explored equally often where groups are no multiple of steps.
         device: Of the result.
+        explored: Which steps have a turn, ascending; None: all.
     """
-    steps = (torch.randperm(num_groups, device=device) + first) % length
-    counts = (len(range((step - first) % length, num_groups, length)) for step in range(length))
-    return Turns(steps, tuple(counts))
+    num = length if explored is None else len(explored)
+    places = (torch.randperm(num_groups, device=device) + first) % num
+    counts = [len(range((place - first) % num, num_groups, num)) for place in range(num)]
+    if explored is None:
+        return Turns(places, tuple(counts))
+    by_step = dict(zip(explored, counts, strict=True))
+    steps = torch.tensor(explored, device=device)[places]
+    return Turns(steps, tuple(by_step.get(step, 0) for step in range(length)))
 
 
 def in_rollout(turns: Turns, step: int, group_size: int) -> Shared | None:

@@ -65,6 +65,7 @@ def case(argument, *, env=None, **options):
         case("stochastic_steps", stochastic_steps=0),
         case("step_weights", step_weights=[1.0, 1.0]),
         case("step_weights", step_weights=[1.0, -1.0, 1.0]),
+        case("step_weights", step_weights=[0.0, 0.0, 0.0]),
         case("gap_fraction", gap_fraction=-0.5),
         case("ent_coef", ent_coef=0.01),
         case("learn_std", env={"group_size": 2}, policy_kwargs={"learn_std": True}),

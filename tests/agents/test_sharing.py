@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from small_world import OnRolloutEnd, weights
+from small_world import ITERATION, NUM_ENVS, OnRolloutEnd, weights
 from test_out_of_memory import Limited
 
 from agents import minibatch, ppo, sharing
@@ -49,6 +49,32 @@ def test_steps_are_explored_in_turn():
     # Which group explores which is drawn anew: 4.5 standard errors of a share.
     share = torch.stack([each.steps == 0 for each in draws]).float().mean(0)
     assert (share - 1 / STEPS).abs().max() < 4.5 * (2 / 9 / 300) ** 0.5
+
+
+@pytest.mark.parametrize("explored", [[2], [0, 2], [1, 2]])
+def test_steps_without_a_turn_are_left_out(explored):
+    torch.manual_seed(0)
+    draws = [sharing.draw_turns(GROUPS, STEPS, first, CPU, explored) for first in range(300)]
+    counts = torch.stack([each.steps.bincount(minlength=STEPS) for each in draws])
+    assert counts.tolist() == [list(each.counts) for each in draws]
+    assert {*torch.cat([each.steps for each in draws]).tolist()} == {*explored}
+    assert (counts.sum(0)[explored] == 300 * GROUPS / len(explored)).all()
+    # Groups share their states all the longer.
+    asked = sum(len(sharing.in_rollout(draws[0], step, SIZE).asked) for step in range(STEPS))
+    expected = sum(step + 1 + SIZE * (STEPS - 1 - step) for step in draws[0].steps.tolist())
+    assert asked == expected
+
+
+@pytest.mark.parametrize("window", ["one", 2, "all"])
+def test_all_draws_go_into_steps_that_count(make_model, window):
+    """Unless several explore at once, of which some may count and others not."""
+    model = make_model(step_weights=[0.0, 1.0, 1.0], stochastic_steps=window, batch_size=ITERATION)
+    model.learn(ITERATION)
+    (batch,) = model.rollout_buffer.get(ITERATION)
+    explored = batch.step_index.bincount(minlength=3).tolist()
+    rows = NUM_ENVS * {"one": 1, 2: 2, "all": 3}[window]
+    assert sum(explored) == rows
+    assert (explored[0] == 0) == (window == "one")
 
 
 def test_nothing_is_shared_by_single_rows():
