@@ -222,13 +222,13 @@ def distill(
     started = {"seconds": time.monotonic()}
     plan = check_arguments(arguments, callback)
     reward = make_reward(reward)
-    learned = schedule == LEARNED
-    recipe = presets.preset(preset, plan.num_steps, reward, learned)
+    recipe = presets.preset(preset, plan.num_steps, reward)
     recipe = reinforcement.changed(recipe, changes or {})
     if method != PPO:
         METHODS[method].check_reward(reward)
         recipe["agent"] |= OF_OTHERS
     teacher = _as_teacher(teacher, _join_processes(teacher, device, plan))
+    learned = schedule == LEARNED
     description = None if student is None else smaller.describe_smaller(teacher, student)
     if description is not None and guidance_scale is not None:
         description["guidance_scale"] = guidance_scale

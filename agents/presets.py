@@ -85,10 +85,6 @@ _FRESH = {"n_epochs": 1, "batch_size": 64}
 BY_STEPS: dict[str, dict[int, dict[str, Any]]] = {
     "default": {1: _FRESH, 2: {}, 3: {"learning_rate": 1e-4}, 6: {"learning_rate": 2e-5}}
 }
-# How many steps are explored, the last ones: what an early one does elsewhere in the sample local
-# credit leaves out, and its noise does harm (docs/decisions.md). With free times, where none is
-# known to be early, and with global credit all are.
-EXPLORED = {"default": 2}
 # ... and for rewards with a term that has no map.
 WITHOUT_MAP: dict[str, dict[str, Any]] = {"default": _FRESH}
 PRESETS: dict[str, Recipe] = {
@@ -107,19 +103,13 @@ PRESETS: dict[str, Recipe] = {
 }
 
 
-def preset(
-    name: str,
-    num_steps: int | None = None,
-    reward: Reward | None = None,
-    free: bool = False,
-) -> Recipe:
+def preset(name: str, num_steps: int | None = None, reward: Reward | None = None) -> Recipe:
     """A copy of a recipe.
 
     Args:
         name: One of `PRESETS`.
         num_steps: Of the student; None: as it is in `PRESETS`.
         reward: What is trained on, if known. Without a map credit is global.
-        free: Whether times are learned.
 
     Raises:
         InvalidArgumentError: for an unknown name.
@@ -128,11 +118,6 @@ def preset(
     changes = BY_STEPS.get(name)
     if changes is not None and num_steps is not None:
         recipe["agent"] |= changes[max(fewest for fewest in changes if fewest <= num_steps)]
-    local = reward is None or reward.has_map
-    if name in EXPLORED and num_steps is not None and local and not free:
-        early = max(num_steps - EXPLORED[name], 0)
-        weights = [0.0] * early + [1.0] * (num_steps - early)
-        recipe["agent"] |= {"step_weights": weights} if early else {}
     if reward is not None and not all(term.has_map for _, term in weighted_terms(reward)):
         recipe["agent"] |= WITHOUT_MAP.get(name, {})
         recipe["agent"] |= {} if reward.has_map else {"credit": "global"}

@@ -108,7 +108,7 @@ def _reinforce(
 ) -> Result:
     # What a recipe changes by itself is left to settings, which say what was tried; but for credit,
     # which is as the reward has it.
-    plain = {"step_weights": None, **presets.PRESETS[recipe.get("preset", "default")]["agent"]}
+    plain = {**presets.PRESETS[recipe.get("preset", "default")]["agent"]}
     del plain["credit"]
     return reinforcement.train(
         task.teacher,

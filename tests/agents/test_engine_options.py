@@ -240,18 +240,6 @@ def test_the_default_recipe_goes_slower_the_more_steps_there_are():
     assert presets.preset("default") == presets.preset("default", 2)
 
 
-def test_the_default_recipe_explores_the_last_two_steps():
-    def weights_of(*args, **options):
-        return presets.preset(*args, **options)["agent"].get("step_weights")
-
-    assert [weights_of("default", steps) for steps in (None, 1, 2)] == [None] * 3
-    assert weights_of("default", 3) == [0, 1, 1]
-    assert weights_of("default", 5, MSE()) == [0, 0, 0, 1, 1]
-    assert weights_of("default", 5, PSNR()) is None  # credit is not local
-    assert weights_of("default", 5, MSE(), free=True) is None
-    assert weights_of("ddpo", 5) is None
-
-
 @pytest.mark.parametrize(
     ("reward", "credit", "updates"),
     [
