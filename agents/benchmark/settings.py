@@ -272,15 +272,7 @@ BEYOND = (
     # What PPO has in its advantages.
     Trials(1, 300_000, {"output_regression": _sizes((2e-4, 16), **_RELATIVE)}, DIGITS),
     Trials(2, 300_000, {"backprop": _sizes((1e-4, 8), **_RELATIVE)}, DIGITS),
-    Trials(
-        3,
-        300_000,
-        {
-            "trajectory_regression": _sizes((1e-4, 16), **_WALK, **_RELATIVE),
-            "backprop": _sizes((5e-5, 16), **_SECOND, **_RELATIVE),
-        },
-        DIGITS,
-    ),
+    Trials(3, 300_000, {"backprop": _sizes((5e-5, 16), **_SECOND, **_RELATIVE)}, DIGITS),
     Trials(
         4,
         300_000,
@@ -290,7 +282,6 @@ BEYOND = (
         },
         DIGITS,
     ),
-    Trials(8, 300_000, {"backprop": _sizes((1e-5, 16), **_SECOND, **_RELATIVE)}, DIGITS),
     Trials(4, 300_000, {"backprop": _sizes((1e-5, 16), **_SECOND)}, DIGITS),
     Trials(
         2,
@@ -517,12 +508,7 @@ CHOICES: dict[str | None, dict[int, dict[str, Settings]]] = {
             OURS: {**_REUSED, **_OWN_STD, "learning_rate": 1e-4},
         },
         3: {
-            "trajectory_regression": {
-                **_WALK,
-                **_RELATIVE,
-                "learning_rate": 1e-4,
-                "batch_size": 16,
-            },
+            "trajectory_regression": {**_WALK, "learning_rate": 1e-4, "batch_size": 16},
             "progressive": {**_UNIFORM, "learning_rate": 1e-4, "batch_size": 32},  # tried at 4
             "backprop": {**_SECOND, **_RELATIVE, "learning_rate": 5e-5, "batch_size": 16},
             OURS: {**_REUSED, **_OWN_STD, **_LAST[3], "learning_rate": 1e-4},
