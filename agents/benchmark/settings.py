@@ -382,6 +382,7 @@ REMEDIES = (
                 *_rates(5e-5, **_ONCE, **_SECOND),
                 *_sizes((5e-5, 64), n_epochs=1, num_envs=64, reuse_forward=True, **_SECOND),
                 *_rates(5e-5, **_REUSED, **_OWN_STD, **_LAST[4], **_SECOND),
+                *_rates(5e-5, step_weights=[0, 0, 0, 1], **_REUSED, **_OWN_STD, **_SECOND),
             ),
             _BY_TRAJECTORY: _rates(
                 2e-5,
@@ -427,6 +428,7 @@ REMEDIES = (
                 *_sizes((1e-4, 32), (2e-4, 32), n_epochs=1),
                 *_rates(1e-4, **_REUSED),
                 *_rates(1e-4, **_REUSED, **_OWN_STD),
+                *_rates(1e-4, step_weights=[0, 1], **_REUSED, **_OWN_STD),
             )
         },
         DIGITS,

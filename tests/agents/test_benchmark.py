@@ -258,7 +258,7 @@ def test_trials_are_as_many_for_every_method():
     assert set(first.settings) == {*entrants_module.METHODS, OURS} - {entrants_module.SURROGATE}
     for trials in again:  # of the closest
         assert all(len(own) >= len(trials.settings[OURS]) for own in trials.settings.values())
-    own = 8 + 6 + 4 + 2 + 4 + 4 + 4, 2 + 10 + 11 + 4 + 12 + 3 + 3 * 2  # and remedies, by steps
+    own = 8 + 6 + 4 + 2 + 4 + 4 + 4, 2 + 11 + 11 + 4 + 13 + 3 + 3 * 2  # and remedies, by steps
     assert len(plan_trials([OURS, "ddim"])) == sum(own)
     assert len(plan_trials([OURS, "backprop"], "images")) == 2 + 2 + 2 + 4 + 9 + 7 + 2 + 9
     # Without trials of its own: those of digits, and its remedies.
