@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -73,11 +74,15 @@ class Run:
 
     @property
     def label(self) -> str:
-        """A file's name."""
+        """A file's name, without its ending: file systems take 255 bytes."""
         changed = "".join(f"-{name}-{_plain(value)}" for name, value in _flat(self.settings))
-        return f"{self.method}-{self.num_steps}-{self.seed}-{self.budget}{changed}"
+        label = f"{self.method}-{self.num_steps}-{self.seed}-{self.budget}{changed}"
+        if len(label) <= LONGEST:
+            return label
+        return f"{label[: LONGEST - 13]}-{hashlib.sha256(label.encode()).hexdigest()[:12]}"
 
 
+LONGEST = 200  # name of a file, which endings and temporary names are added to
 # What many steps of a good solver give: how few of ours do?
 STANDARD = Run("dpmpp2m" + SEARCHED, 16, 0, 0)
 

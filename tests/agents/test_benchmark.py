@@ -316,6 +316,18 @@ def test_settings_are_those_of_the_task_and_of_the_number_of_steps():
     assert "local_radius-2_2_0_0-" in four.label
 
 
+def test_long_settings_have_names_that_files_can_have():
+    method = f"trajectory_regression+{OURS}"
+    first, other = plan([method], [4], [0, 1], BUDGET)
+    assert len(first.label) == len(other.label) == 200
+    assert first.label.startswith(f"{method}-4-0-{BUDGET}-advantage_std-group-")
+    assert first.label[-12:] != other.label[-12:]
+    settings = {**first.settings, "learning_rate": 1e-3}
+    assert dataclasses.replace(first, settings=settings).label[-12:] != first.label[-12:]
+    (short,) = plan([OURS], [4], [0], BUDGET)  # as it is, so that files are found
+    assert short.label.endswith("-solver_order-2-step_weights-0_0_1_1")
+
+
 def test_one_order_of_steps_for_both_of_two_in_turn_and_none_for_learned_times():
     names = [f"{name}+{OURS}" for name in ("trajectory_regression", "progressive")]
     both, neither, times = plan([*names, f"{OURS}-times"], [4], [0], BUDGET)
