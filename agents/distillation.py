@@ -33,8 +33,10 @@ from .planning import (
     Options,
     Plan,
     check_arguments,
+    choose_order,
     make_config,
     make_options,
+    with_order,
 )
 from .ppo import ReDiFPPO
 from .reporting import REFERENCE_SEED, Banks, find_judge, versions
@@ -108,7 +110,7 @@ def distill(
     num_envs: int = 512,
     preset: str = "default",
     guidance_scale: float | None = None,
-    solver_order: int = 1,
+    solver_order: int | None = None,
     group_size: int | None = None,
     batch_size: int | None = None,
     learning_rate: float | None = None,
@@ -164,9 +166,9 @@ def distill(
         guidance_scale: Of the student; default: the teacher's. 1 distils guidance away, and halves
             the cost of a step.
         solver_order: Of the student's steps: 1 for DDIM's, 2 for DPM-Solver++ 2M's, the same for 1
-            and 2 steps. It starts closer from 3 on, and trained students of digits are closer from
-            4 on; local credit may mislead with it, see docs/decisions.md. Not with learned times;
-            exported for teachers with `alphas_cumprod`.
+            and 2 steps. It starts closer from 3 on, and students end closer from 4 on. Default: 1;
+            of PPO's `"default"` 2 from 4 steps on with fixed times, if the reward's terms have maps
+            and diffusers has such steps, as for teachers with `alphas_cumprod`.
         group_size: Trajectories that share noise and class; their mean is the baseline.
         batch_size: Transitions of a minibatch, of all processes together. Of `"default"`: 256, for
             one step or a reward with a term that has no map 64.
@@ -222,13 +224,15 @@ def distill(
     started = {"seconds": time.monotonic()}
     plan = check_arguments(arguments, callback)
     reward = make_reward(reward)
-    recipe = presets.preset(preset, plan.num_steps, reward)
+    learned = schedule == LEARNED
+    recipe = presets.preset(preset, plan.num_steps, reward, learned)
     recipe = reinforcement.changed(recipe, changes or {})
     if method != PPO:
         METHODS[method].check_reward(reward)
         recipe["agent"] |= OF_OTHERS
     teacher = _as_teacher(teacher, _join_processes(teacher, device, plan))
-    learned = schedule == LEARNED
+    solver_order = choose_order(solver_order, recipe, method, teacher.denoiser)
+    arguments["solver_order"] = solver_order
     description = None if student is None else smaller.describe_smaller(teacher, student)
     if description is not None and guidance_scale is not None:
         description["guidance_scale"] = guidance_scale
@@ -248,7 +252,7 @@ def distill(
     options.make_model(teacher, num_envs, uniform, learned)
 
     banks = _build_banks(teacher, plan)
-    untrained = _with_order(teacher.denoiser, solver_order)
+    untrained = with_order(teacher.denoiser, solver_order)
     searched, search_evaluations = _search(untrained, banks.validation, plan.num_steps)
     grid = searched if given is None else given
     model = options.make_model(teacher, num_envs, grid, learned, banks.train)
@@ -319,13 +323,6 @@ def _build_banks(teacher: Teacher, plan: Plan) -> Banks:
     )
 
 
-def _with_order(denoiser: Denoiser, solver_order: int) -> Denoiser:
-    """The same network, sampled with steps of this order."""
-    stepping = copy.copy(denoiser)
-    stepping.set_solver_order(solver_order)
-    return stepping
-
-
 def _search(untrained: Denoiser, bank: TeacherBank, num_steps: int) -> tuple[Tensor, int]:
     """The best grid of the untrained student, and the evaluations that it took to find."""
     before = untrained.network_evaluations
@@ -350,7 +347,7 @@ def _warm_up(
     start = teacher.denoiser
     if description is not None:
         start = smaller.make_smaller(teacher, description)
-    start = _with_order(start, solver_order)
+    start = with_order(start, solver_order)
     if guidance_scale is not None:
         start.set_guidance(guidance_scale, start.guidance_rescale)
     if not plan.warm_up:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
@@ -14,13 +15,14 @@ from stable_baselines3.common.utils import LinearSchedule
 from torch import Tensor
 
 from redif_env import parallel
-from redif_env.denoiser import check_order
+from redif_env.denoiser import Denoiser, check_order
 from redif_env.errors import InvalidArgumentError, check_choice, check_integer, check_number
 from redif_env.rewards import Reward
 from redif_env.teacher import Teacher, TeacherBank
 
 from . import presets, reinforcement, run_folder, smaller
 from .baselines import METHODS
+from .export import can_export
 from .lora import LEARNING_RATE_SCALE
 from .ppo import ReDiFPPO
 from .reporting import versions
@@ -152,11 +154,35 @@ def check_arguments(given: Mapping[str, Any], callback: MaybeCallback) -> Plan:
         callback=_as_callback(callback),
     )
     _check_changes(given)
-    order = check_order(given["solver_order"])
+    order = given["solver_order"]
+    order = None if order is None else check_order(order)
     if plan.method != PPO:
         _refuse_ppo_arguments(plan.method, {**given, "callback": callback})
-        METHODS[plan.method].check_order(order)
+        METHODS[plan.method].check_order(order or 1)
     return plan
+
+
+def choose_order(given: int | None, recipe: presets.Recipe, method: str, denoiser: Denoiser) -> int:
+    """The order of a student's steps: PPO's recipe has its own, if diffusers knows such a student.
+
+    Args:
+        given: What the caller asks for; None: nothing.
+        recipe: With steps of second order or of first.
+        method: Others than PPO step to first order.
+        denoiser: The teacher's, whose student diffusers may know in first order alone.
+    """
+    if given is not None or method != PPO:
+        return given or 1
+    order: int = recipe["env"].get("solver_order", 1)
+    lost = can_export(denoiser) and not can_export(with_order(denoiser, order))
+    return 1 if lost else order
+
+
+def with_order(denoiser: Denoiser, solver_order: int) -> Denoiser:
+    """The same network, sampled with steps of this order."""
+    stepping = copy.copy(denoiser)
+    stepping.set_solver_order(solver_order)
+    return stepping
 
 
 def _as_callback(callback: MaybeCallback) -> BaseCallback | None:

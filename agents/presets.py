@@ -87,6 +87,16 @@ BY_STEPS: dict[str, dict[int, dict[str, Any]]] = {
 }
 # ... and for rewards with a term that has no map.
 WITHOUT_MAP: dict[str, dict[str, Any]] = {"default": _FRESH}
+# With a map and fixed times, how many steps are explored, the last ones: local credit leaves out
+# what an early one does elsewhere in the sample. What a late one does it has nearly in full, so a
+# draw is used once, and tasks differ more than draws do: each counts the same.
+EXPLORED = {"default": 2}
+_LATE = {"n_epochs": 1, "batch_size": 32, "advantage_std": "group"}
+LATE: dict[str, dict[int, dict[str, Any]]] = {
+    "default": {3: _LATE, 4: {**_LATE, "learning_rate": 5e-5}, 6: {}}
+}
+# ... and from how many on they are of second order, which starts closer.
+SECOND_ORDER = {"default": 4}
 PRESETS: dict[str, Recipe] = {
     "default": _DEFAULT,
     "ddpo": _DDPO,
@@ -103,22 +113,38 @@ PRESETS: dict[str, Recipe] = {
 }
 
 
-def preset(name: str, num_steps: int | None = None, reward: Reward | None = None) -> Recipe:
+def preset(
+    name: str,
+    num_steps: int | None = None,
+    reward: Reward | None = None,
+    learned: bool = False,
+) -> Recipe:
     """A copy of a recipe.
 
     Args:
         name: One of `PRESETS`.
         num_steps: Of the student; None: as it is in `PRESETS`.
         reward: What is trained on, if known. Without a map credit is global.
+        learned: Whether times are learned too.
 
     Raises:
         InvalidArgumentError: for an unknown name.
     """
     recipe = copy.deepcopy(PRESETS[check_choice("preset", name, tuple(PRESETS))])
-    changes = BY_STEPS.get(name)
-    if changes is not None and num_steps is not None:
-        recipe["agent"] |= changes[max(fewest for fewest in changes if fewest <= num_steps)]
-    if reward is not None and not all(term.has_map for _, term in weighted_terms(reward)):
-        recipe["agent"] |= WITHOUT_MAP.get(name, {})
-        recipe["agent"] |= {} if reward.has_map else {"credit": "global"}
+    agent, env = recipe["agent"], recipe["env"]
+    has_maps = reward is None or all(term.has_map for _, term in weighted_terms(reward))
+    if name in BY_STEPS and num_steps is not None:
+        agent |= _of_steps(BY_STEPS[name], num_steps)
+        if has_maps and not learned and num_steps > EXPLORED[name]:
+            weights = [0.0] * (num_steps - EXPLORED[name]) + [1.0] * EXPLORED[name]
+            agent |= {**_of_steps(LATE[name], num_steps), "step_weights": weights}
+            env["solver_order"] = 2 if num_steps >= SECOND_ORDER[name] else 1
+    if not has_maps:
+        agent |= WITHOUT_MAP.get(name, {})
+    if reward is not None and not reward.has_map:
+        agent["credit"] = "global"
     return recipe
+
+
+def _of_steps(changes: dict[int, dict[str, Any]], num_steps: int) -> dict[str, Any]:
+    return changes[max(fewest for fewest in changes if fewest <= num_steps)]

@@ -158,7 +158,7 @@ def train(
 
     def make() -> ReDiFPPO:
         own = copy.deepcopy(make_reward(reward))  # one that is trained starts anew
-        env_options, agent_options = recipe_options(preset, changes, own, len(grid) - 1)
+        env_options, agent_options = recipe_options(preset, changes, own, len(grid) - 1, learned)
         if start is not None and _differs(start, teacher.denoiser):
             description = describe(start, teacher.make_solver())
             agent_options["policy_kwargs"]["student"] = description
@@ -220,10 +220,14 @@ def _adaptively(result: Result, head: ScheduleHead, bank: TeacherBank) -> Result
 
 
 def recipe_options(
-    preset: str, changes: Mapping[str, Any], reward: Reward, num_steps: int
+    preset: str,
+    changes: Mapping[str, Any],
+    reward: Reward,
+    num_steps: int,
+    learned: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arguments of the environment and of the agent, for a recipe with changes, see `train`."""
-    recipe = changed(presets.preset(preset, num_steps, reward), changes)
+    recipe = changed(presets.preset(preset, num_steps, reward, learned), changes)
     agent = recipe["agent"]
     rate = check_number("learning_rate", agent["learning_rate"])
     agent["learning_rate"] = LinearSchedule(rate, 0.0 if recipe["decay"] else rate, 1.0)

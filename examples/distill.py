@@ -36,8 +36,8 @@ class Args:
     """search (the best for the untrained student), uniform, karras, or times like 850,533,289."""
     reward: str = "mse"
     """A name of docs/rewards.md, or a sum such as "mse + 0.5*ssim"."""
-    solver_order: int = 1
-    """1 steps as DDIM, 2 as DPM-Solver++ 2M, which is closer with many steps."""
+    solver_order: int | None = None
+    """1 steps as DDIM, 2 as DPM-Solver++ 2M; default: 2 from 4 steps on where that can be had."""
     guidance_scale: float | None = None
     """Of the student; default: the teacher's. 1 distils guidance away, at half the cost."""
     iterations: int = 150

@@ -27,6 +27,8 @@ SEARCHED = "+search"
 SURROGATE = "surrogate"  # only where the reward has no gradient
 GRID, UNIFORM = "grid", "uniform"  # a setting: not the searched grid
 SOLVER_ORDER = "solver_order"  # a setting: of a student's steps
+# What the recipe of ours has for some numbers of steps, and here by settings alone.
+BY_SETTINGS = {SOLVER_ORDER: 1, "advantage_std": "rollout", "step_weights": None}
 EMA_DECAY = 0.95
 AVERAGED: dict[str, Any] = {"ema_decay": EMA_DECAY}
 NUM_LIKE = 512  # answers that an MMD compares samples with
@@ -108,7 +110,7 @@ def _reinforce(
 ) -> Result:
     # What a recipe changes by itself is left to settings, which say what was tried; but for credit,
     # which is as the reward has it.
-    plain = {**presets.PRESETS[recipe.get("preset", "default")]["agent"]}
+    plain = {**BY_SETTINGS, **presets.PRESETS[recipe.get("preset", "default")]["agent"]}
     del plain["credit"]
     return reinforcement.train(
         task.teacher,

@@ -518,6 +518,25 @@ def test_ours_trains_by_the_recipe_of_its_line_and_takes_rewards_without_a_map(t
     assert given["n_epochs"] == entrant.recipe["agent"]["n_epochs"]
 
 
+def test_ours_takes_from_settings_what_the_recipe_has_for_some_numbers_of_steps(task, monkeypatch):
+    made, make = [], entrants_module.reinforcement.make_model
+
+    def noted(*args, **options):
+        made.append(make(*args, **options))
+        return made[-1]
+
+    monkeypatch.setattr(entrants_module.reinforcement, "make_model", noted)
+    grid = torch.tensor([999.0, 700.0, 400.0, 200.0, 0.0])
+    own = {"step_weights": [0, 0, 1, 1], "advantage_std": "group", "solver_order": 2}
+    for settings in ({}, own):
+        ENTRANTS[OURS].train(task, grid, 400, 0, num_envs=16, batch_size=8, **settings)
+    plain, late = made[0], made[-1]
+    assert (plain.step_weights, plain.advantage_std) == (None, "rollout")
+    assert plain.env.get_attr("solver_order", [0]) == [1]
+    assert (late.step_weights, late.advantage_std) == ([0, 0, 1, 1], "group")
+    assert late.env.get_attr("solver_order", [0]) == [2]
+
+
 @pytest.mark.usefixtures("quick")
 def test_on_a_reward_without_a_gradient_methods_are_ranked_by_it(task, tmp_path):
     class Right(Reward):

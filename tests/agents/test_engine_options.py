@@ -232,12 +232,35 @@ def test_every_recipe_changes_the_student(teacher, bank, name):
 
 
 def test_the_default_recipe_goes_slower_the_more_steps_there_are():
-    recipes = [presets.preset("default", steps) for steps in (1, 2, 3, 5, 6, 20)]
-    rates = [recipe["agent"]["learning_rate"] for recipe in recipes]
-    assert rates == [2e-4, 2e-4, 1e-4, 1e-4, 2e-5, 2e-5]
-    updates = [(recipe["agent"]["n_epochs"], recipe["agent"]["batch_size"]) for recipe in recipes]
-    assert updates == [(1, 64), *[(3, 256)] * 5]
-    assert presets.preset("default") == presets.preset("default", 2)
+    rates = [agent_of(steps)["learning_rate"] for steps in (1, 2, 3, 4, 5, 6, 20)]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] > rates[-1]
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 6, 8])
+def test_the_default_recipe_explores_the_last_two_steps_with_credit_of_their_own(num_steps):
+    recipe = presets.preset("default", num_steps)
+    weights = recipe["agent"].get("step_weights")
+    if num_steps <= 2:
+        assert weights is None
+    else:
+        assert weights == [0.0] * (num_steps - 2) + [1.0, 1.0]
+    assert recipe["env"].get("solver_order", 1) == (2 if num_steps >= 4 else 1)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [{"learned": True}, {"reward": PSNR()}, {"reward": MSE() + 0.1 * PSNR()}],
+    ids=["learned times", "no map", "a term has no map"],
+)
+def test_where_no_step_is_known_to_be_early_all_are_explored_to_first_order(case):
+    recipe = presets.preset("default", 4, **case)
+    assert "step_weights" not in recipe["agent"]
+    assert "solver_order" not in recipe["env"]
+
+
+def agent_of(num_steps, reward=None):
+    return presets.preset("default", num_steps, reward)["agent"]
 
 
 @pytest.mark.parametrize(
@@ -250,9 +273,9 @@ def test_the_default_recipe_goes_slower_the_more_steps_there_are():
 )
 def test_the_recipe_is_that_of_the_reward(reward, credit, updates):
     """A number for the whole sample is noise to each element, which three looks do not lower."""
-    agent = presets.preset("default", 4, reward)["agent"]
+    agent = agent_of(2, reward)
     assert (agent["credit"], (agent["n_epochs"], agent["batch_size"])) == (credit, updates)
-    assert agent["learning_rate"] == presets.preset("default", 4)["agent"]["learning_rate"]
+    assert agent["learning_rate"] == agent_of(2)["learning_rate"]
     grpo = presets.preset("grpo", 4, reward)
     assert grpo == presets.preset("grpo", 4)  # which has global credit already
 

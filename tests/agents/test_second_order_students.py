@@ -11,7 +11,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from small_world import GRID, ITERATION
 
-from agents import ReDiFPPO, baselines, distill, distillation, reinforcement
+from agents import ReDiFPPO, baselines, distill, distillation, planning, presets, reinforcement
 from agents.baselines import METHODS
 from agents.benchmark import students
 from agents.export import can_export, export_student, make_scheduler
@@ -259,6 +259,41 @@ def test_distill_refuses_before_it_asks_the_teacher(small, options, monkeypatch)
     monkeypatch.setattr(TeacherBank, "build", lambda *args, **options: pytest.fail("asked"))
     with pytest.raises(InvalidArgumentError, match="solver_order"):
         small(**{**TWO, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "order"),
+    [
+        ({"num_steps": 4}, 2),
+        ({"num_steps": 4, "solver_order": 1}, 1),
+        ({"num_steps": 4, "schedule": "learned"}, 1),
+        ({"num_steps": 4, "preset": "ddpo"}, 1),
+        ({"num_steps": 4, "method": "backprop"}, 1),
+        ({"num_steps": 4, "reward": "psnr"}, 1),
+    ],
+    ids=str,
+)
+def test_from_four_steps_on_students_step_to_second_order_where_that_can_be_had(
+    small, options, order, tmp_path
+):
+    out = tmp_path / "run"
+    report = small(**options, out=out).report
+    assert report["solver_order"] == json.loads((out / "config.json").read_text())["solver_order"]
+    assert report["solver_order"] == order
+
+
+def test_no_folder_is_lost_for_an_order_that_nobody_asked_for(teacher):
+    recipe, network = presets.preset("default", 4), teacher.denoiser.network
+    assert recipe["env"]["solver_order"] == 2
+
+    def order(network, given=None):
+        flow = Denoiser(network, FlowSchedule(), "flow_prediction", (1, 8, 8), num_classes=10)
+        return planning.choose_order(given, recipe, "ppo", flow)
+
+    assert order(network) == 1
+    assert order(network, given=2) == 2
+    assert order(torch.nn.Flatten()) == 2  # which is no folder of diffusers with any steps
+    assert planning.choose_order(None, recipe, "ppo", teacher.denoiser) == 2
 
 
 def test_a_warm_up_takes_the_same_steps(small):
