@@ -47,7 +47,9 @@ def check_options(agent: Any) -> None:
         if agent.antithetic:
             raise InvalidArgumentError("antithetic", True, "pass False with advantage='gae'.")
     if agent.advantage_std == "group" and agent.advantage != "group":
-        raise InvalidArgumentError("advantage_std", "group", "it needs advantage='group'.")
+        raise InvalidArgumentError(
+            "advantage_std", "group", "with another advantage pass 'rollout'."
+        )
     if agent.divergence is not None:
         check_divergence(agent.divergence, agent.divergence_alpha)
     elif agent.divergence_target is not None:

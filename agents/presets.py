@@ -101,11 +101,16 @@ PRESETS: dict[str, Recipe] = {
     "default": _DEFAULT,
     "ddpo": _DDPO,
     # Shao et al. 2024 on denoising: groups share noise and class; joint ratio; KL penalty, here in
-    # closed form instead of by the k3 estimator, and one standard deviation for all groups, where
-    # theirs have their own (advantage_std="group").
+    # closed form instead of by the k3 estimator.
     "grpo": _changed(
         _DDPO,
-        {"ratio": "sum", "advantage": "group", "clip_range": 0.2, **_PENALTY},
+        {
+            "ratio": "sum",
+            "advantage": "group",
+            "advantage_std": "group",
+            "clip_range": 0.2,
+            **_PENALTY,
+        },
         {"group_size": 4},
     ),
     # arXiv 2512.22802: DDPO's settings, with a divergence penalty and advantages clipped at 5.
