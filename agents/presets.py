@@ -93,7 +93,7 @@ WITHOUT_MAP: dict[str, dict[str, Any]] = {"default": _FRESH}
 EXPLORED = {"default": 2}
 _LATE = {"n_epochs": 1, "batch_size": 32, "advantage_std": "group"}
 LATE: dict[str, dict[int, dict[str, Any]]] = {
-    "default": {3: _LATE, 4: {**_LATE, "learning_rate": 5e-5}, 6: {}}
+    "default": {3: _LATE, 4: {**_LATE, "learning_rate": 5e-5}, 6: _LATE}
 }
 # ... and from how many on they are of second order, which starts closer.
 SECOND_ORDER = {"default": 4}
