@@ -170,13 +170,13 @@ def distill(
             of PPO's `"default"` 2 from 4 steps on with fixed times, if the reward's terms have maps
             and diffusers has such steps, as for teachers with `alphas_cumprod`.
         group_size: Trajectories that share noise and class; their mean is the baseline.
-        batch_size: Transitions of a minibatch, of all processes together. Of `"default"`: 256, for
-            one step or a reward with a term that has no map 64; see `presets.LATE` for the rest.
+        batch_size: Transitions of a minibatch, of all processes together. Of `"default"`: 256 for
+            2 steps, else 32; with a reward with a term that has no map 64.
         learning_rate: Initial learning rate; with adapters, ten times the preset's by default. That
             of `"default"` is 2e-4, from 3 steps on 1e-4, at 4 and 5 5e-5, from 6 on 2e-5.
         stochastic_steps, antithetic: Where and how to explore, see `ReDiFPPO`.
         n_epochs: Passes over a rollout. Of `"default"`: 3, or 1 where `batch_size` is less than
-            256: such iterations cost half as much or less, and more of them are the better use.
+            256: such iterations cost about half, and more of them are the better use.
         eta: Noise factor of the kernel while exploring.
         min_std: Smallest exploration std, in latent units.
         gap_fraction: Exploration std as a share of the distance to the teacher, see `ReDiFPPO`; 0

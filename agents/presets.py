@@ -88,12 +88,13 @@ BY_STEPS: dict[str, dict[int, dict[str, Any]]] = {
 # ... and for rewards with a term that has no map.
 WITHOUT_MAP: dict[str, dict[str, Any]] = {"default": _FRESH}
 # With a map and fixed times, how many steps are explored, the last ones: local credit leaves out
-# what an early one does elsewhere in the sample. What a late one does it has nearly in full, so a
-# draw is used once, and tasks differ more than draws do: each counts the same.
+# what an early one does elsewhere in the sample.
 EXPLORED = {"default": 2}
-_LATE = {"n_epochs": 1, "batch_size": 32, "advantage_std": "group"}
-LATE: dict[str, dict[int, dict[str, Any]]] = {
-    "default": {3: _LATE, 4: {**_LATE, "learning_rate": 5e-5}, 6: _LATE}
+# ... and what changes besides. What a late step does, credit has nearly in full, so that a draw is
+# used once, and tasks differ more than draws do: each counts the same.
+_ALIKE = {"n_epochs": 1, "batch_size": 32, "advantage_std": "group"}
+WITH_MAP: dict[str, dict[int, dict[str, Any]]] = {
+    "default": {1: _ALIKE, 2: {}, 3: _ALIKE, 4: {**_ALIKE, "learning_rate": 5e-5}, 6: _ALIKE}
 }
 # ... and from how many on they are of second order, which starts closer.
 SECOND_ORDER = {"default": 4}
@@ -140,9 +141,8 @@ def preset(
     has_maps = reward is None or all(term.has_map for _, term in weighted_terms(reward))
     if name in BY_STEPS and num_steps is not None:
         agent |= _of_steps(BY_STEPS[name], num_steps)
-        if has_maps and not learned and num_steps > EXPLORED[name]:
-            weights = [0.0] * (num_steps - EXPLORED[name]) + [1.0] * EXPLORED[name]
-            agent |= {**_of_steps(LATE[name], num_steps), "step_weights": weights}
+        if has_maps and not learned:
+            agent |= {**_of_steps(WITH_MAP[name], num_steps), **_late(num_steps, EXPLORED[name])}
             env["solver_order"] = 2 if num_steps >= SECOND_ORDER[name] else 1
     if not has_maps:
         agent |= WITHOUT_MAP.get(name, {})
@@ -153,3 +153,9 @@ def preset(
 
 def _of_steps(changes: dict[int, dict[str, Any]], num_steps: int) -> dict[str, Any]:
     return changes[max(fewest for fewest in changes if fewest <= num_steps)]
+
+
+def _late(num_steps: int, explored: int) -> dict[str, Any]:
+    """Leaves early steps alone, if there are more than the last `explored` ones."""
+    early = max(num_steps - explored, 0)
+    return {"step_weights": [0.0] * early + [1.0] * explored} if early else {}

@@ -245,7 +245,9 @@ def test_the_default_recipe_explores_the_last_two_steps_with_credit_of_their_own
         assert weights is None
     else:
         assert weights == [0.0] * (num_steps - 2) + [1.0, 1.0]
-    assert recipe["env"].get("solver_order", 1) == (2 if num_steps >= 4 else 1)
+    assert recipe["env"]["solver_order"] == (2 if num_steps >= 4 else 1)
+    alike = recipe["agent"].get("advantage_std") == "group"
+    assert alike == (recipe["agent"]["n_epochs"] == 1) == (num_steps != 2)
 
 
 @pytest.mark.parametrize(
@@ -254,9 +256,10 @@ def test_the_default_recipe_explores_the_last_two_steps_with_credit_of_their_own
     ids=["learned times", "no map", "a term has no map"],
 )
 def test_where_no_step_is_known_to_be_early_all_are_explored_to_first_order(case):
-    recipe = presets.preset("default", 4, **case)
-    assert "step_weights" not in recipe["agent"]
-    assert "solver_order" not in recipe["env"]
+    for num_steps in (1, 4):
+        recipe = presets.preset("default", num_steps, **case)
+        assert not {"step_weights", "advantage_std"} & recipe["agent"].keys()
+        assert "solver_order" not in recipe["env"]
 
 
 def agent_of(num_steps, reward=None):
