@@ -538,19 +538,8 @@ CHOICES: dict[str | None, dict[int, dict[str, Settings]]] = {
             OURS: {**_SECOND, "learning_rate": 2e-5},
         },
     },
-    # Of first order, as they were run.
     UNCONDITIONAL: {
-        1: {
-            "trajectory_regression": {**_WALK, "learning_rate": 2e-4, "batch_size": 16},
-            "backprop": {"learning_rate": 1e-4, "batch_size": 16},
-            OURS: {"learning_rate": 2e-4},
-        },
-        4: {
-            "trajectory_regression": {**_WALK, "learning_rate": 2e-4, "batch_size": 32},
-            "progressive": {**_UNIFORM, "learning_rate": 2e-4, "batch_size": 32},
-            "backprop": {"learning_rate": 1e-4, "batch_size": 32},
-            OURS: {"learning_rate": 1e-4},
-        },
+        4: {"progressive": {**_UNIFORM, "learning_rate": 2e-4, "batch_size": 32}},  # as it was run
     },
     IMAGES: {
         1: {
