@@ -77,6 +77,17 @@ def test_a_group_may_be_divided_by_its_own_std(teacher, bank, credit):
     assert spread.max() > 1.1 * spread.min()  # negative control: groups do differ
 
 
+def test_grpo_is_relative_to_the_spread_of_each_group(teacher, bank):
+    """As published: rewards less their group's mean, divided by its standard deviation."""
+    recipe = presets.preset("grpo")
+    agent = {**recipe["agent"], "advantage_clip": None, "batch_size": 8}
+    model = train(make_model(teacher, bank, recipe["env"], **agent))
+    found = model.rollout_buffer["advantages"].unflatten(1, (-1, recipe["env"]["group_size"]))
+    torch.testing.assert_close(found.mean(2), torch.zeros(found.shape[:2]), rtol=0, atol=1e-5)
+    squares = found.square().mean(2)
+    torch.testing.assert_close(squares, torch.ones_like(squares), rtol=1e-2, atol=0)
+
+
 class TaskMeansByHand:
     """Of one number a task, with a horizon of four visits."""
 

@@ -74,6 +74,15 @@ def test_the_recipe_is_that_of_the_number_of_steps():
     assert rates == [2e-4, 1e-4]
 
 
+@pytest.mark.parametrize(("learned", "order"), [(False, 2), (True, 1)])
+def test_four_steps_are_of_second_order_unless_their_times_are_learned(
+    teacher, bank, learned, order
+):
+    grid = torch.tensor([850.0, 600.0, 300.0, 150.0, 0.0])
+    student = reinforcement.train(teacher, bank, grid, iterations=1, learned=learned, **FEW).student
+    assert student.solver_order == order
+
+
 def test_a_change_that_nothing_knows_is_refused(teacher, bank):
     with pytest.raises(InvalidArgumentError, match="learning_rat'"):
         reinforcement.train(teacher, bank, GRID, iterations=1, learning_rat=1e-3)
