@@ -272,7 +272,16 @@ BEYOND = (
     # What PPO has in its advantages.
     Trials(1, 300_000, {"output_regression": _sizes((2e-4, 16), **_RELATIVE)}, DIGITS),
     Trials(2, 300_000, {"backprop": _sizes((1e-4, 8), **_RELATIVE)}, DIGITS),
-    Trials(3, 300_000, {"backprop": _sizes((5e-5, 16), **_SECOND, **_RELATIVE)}, DIGITS),
+    Trials(
+        3,
+        300_000,
+        {
+            "backprop": _sizes(
+                *((5e-5, 16), (5e-5, 8), (2e-5, 16), (1e-4, 16)), **_SECOND, **_RELATIVE
+            )
+        },
+        DIGITS,
+    ),
     Trials(
         4,
         300_000,
