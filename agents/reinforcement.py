@@ -223,10 +223,10 @@ def recipe_options(
     preset: str,
     changes: Mapping[str, Any],
     reward: Reward,
-    num_steps: int,
+    num_steps: int | None = None,
     learned: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments of the environment and of the agent, for a recipe with changes, see `train`."""
+    """Arguments of the environment and of the agent, for a recipe with changes, see `presets`."""
     recipe = changed(presets.preset(preset, num_steps, reward, learned), changes)
     agent = recipe["agent"]
     rate = check_number("learning_rate", agent["learning_rate"])

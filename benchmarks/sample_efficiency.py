@@ -206,8 +206,9 @@ def run_agent(name: str, changes: dict[str, Any], task: Task, seed: int, args: A
     if changes.get("advantage", "group") != "group":
         changes["group_size"] = 1
     reward = MSE()
-    preset, num_steps = name.split("-")[0], len(task.grid) - 1
-    env, agent = reinforcement.recipe_options(preset, changes, reward, num_steps)
+    # One recipe for all numbers of steps, which trials are changes of, and steps of first order as
+    # back-propagation's.
+    env, agent = reinforcement.recipe_options(name.split("-")[0], changes, reward)
     model = reinforcement.make_model(
         task.teacher,
         args.num_envs,
