@@ -226,7 +226,7 @@ def recipe_options(
     num_steps: int | None = None,
     learned: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments of the environment and of the agent, for a recipe with changes, see `presets`."""
+    """Arguments of environment and agent: of `presets.preset`, with changes as of `train`."""
     recipe = changed(presets.preset(preset, num_steps, reward, learned), changes)
     agent = recipe["agent"]
     rate = check_number("learning_rate", agent["learning_rate"])
