@@ -171,7 +171,8 @@ def distill(
             and diffusers has such steps, as for teachers with `alphas_cumprod`.
         group_size: Trajectories that share noise and class; their mean is the baseline.
         batch_size: Transitions of a minibatch, of all processes together. Of `"default"`: 256 for
-            2 steps, else 32; with a reward with a term that has no map 64.
+            2 steps, else 32; where times are learned 64 for one step, else 256; 64 with a reward
+            with a term that has no map.
         learning_rate: Initial learning rate; with adapters, ten times the preset's by default. That
             of `"default"` is 2e-4, from 3 steps on 1e-4, at 4 and 5 5e-5, from 6 on 2e-5.
         stochastic_steps, antithetic: Where and how to explore, see `ReDiFPPO`.
